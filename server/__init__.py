@@ -1,0 +1,1 @@
+"""The HTTP side: settings, registry, middleware, routes. Knows nothing of training."""

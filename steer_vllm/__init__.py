@@ -1,0 +1,1 @@
+"""Representation interventions in vLLM: the core."""
