@@ -1,0 +1,34 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint bench dist clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+env:  ## make or update .venv: vLLM (CPU or CUDA build), the project, its tools
+	@$(PYTHON) scripts/environment.py
+
+demo: env  ## train three small interventions, serve them, ask in one mixed batch
+	@$(BIN)/steer-vllm demo
+
+test: env  ## every test that needs no GPU
+	@$(BIN)/pytest -q -m "not gpu"
+
+lint: env  ## ruff, ruff format, mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/python scripts/typecheck.py
+
+bench: env  ## this build's overhead on this machine, against plain vLLM
+	@$(BIN)/steer-vllm bench
+
+dist: env  ## source distribution and wheel, checked
+	@rm -rf dist
+	@$(BIN)/python -m build --no-isolation
+	@$(BIN)/twine check --strict dist/*
+
+clean:  ## remove what was built or cached here (.venv stays: remove it by hand)
+	@rm -rf build dist .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

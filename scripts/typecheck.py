@@ -1,0 +1,38 @@
+"""Runs mypy over the package as it will be installed.
+
+`training/` and `server/` are imported as `steer_vllm.training` and `steer_vllm.server`; mypy follows folders, not the
+installer's mapping. So it is shown a folder of links in which they stand where they are installed.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TREE = ROOT / "build" / "types"
+
+
+def link_tree() -> None:
+    shutil.rmtree(TREE, ignore_errors=True)
+    package = TREE / "steer_vllm"
+    package.mkdir(parents=True)
+    for entry in [*(ROOT / "steer_vllm").iterdir(), ROOT / "training", ROOT / "server"]:
+        if entry.name != "__pycache__":
+            (package / entry.name).symlink_to(entry)
+
+
+def main() -> int:
+    link_tree()
+    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml")]
+    command += ["--cache-dir", str(ROOT / ".mypy_cache"), "-p", "steer_vllm", *sys.argv[1:]]
+    answer = subprocess.run(command, cwd=TREE, stdout=subprocess.PIPE, text=True)
+    print(re.sub(r"^steer_vllm/(training|server)/", r"\1/", answer.stdout, flags=re.MULTILINE), end="")
+    return answer.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
