@@ -1,0 +1,72 @@
+"""The engine's limits: how much of everything there is.
+
+Everything that shapes a compiled graph is here, so that one JSON object can go into vLLM's compile-cache key. Knows no
+request and no tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .edit import Site
+from .errors import StartupRefused
+
+
+@dataclass(frozen=True)
+class SteerConfig:
+    """Row counts are per table; row 0 of each is the identity and not counted.
+
+    additive_rows, low_rank_rows: distinct edits that requests in flight can use at once.
+    max_rank: rank of a low-rank row. additive_sites, low_rank_sites: where tables exist.
+    per_request: components of one request. max_scale: largest |scale|.
+    """
+
+    additive_rows: int = 256
+    low_rank_rows: int = 64
+    max_rank: int = 16
+    additive_sites: tuple[Site, ...] = (Site.ATTENTION_OUTPUT, Site.BLOCK_OUTPUT)
+    low_rank_sites: tuple[Site, ...] = (Site.BLOCK_OUTPUT,)
+    per_request: int = 4
+    max_scale: float = 8.0
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be a whole number from {least} up, got {getattr(self, name)!r}"
+            for name, least in {"additive_rows": 1, "low_rank_rows": 0, "max_rank": 1, "per_request": 1}.items()
+            if type(getattr(self, name)) is not int or getattr(self, name) < least
+        ]
+        if not isinstance(self.max_scale, (int, float)) or not 0 < self.max_scale <= 1e4:
+            problems.append(f"max_scale must be above 0 and at most 10000, got {self.max_scale!r}")
+        known = {site.value: site for site in Site}
+        for name in ("additive_sites", "low_rank_sites"):
+            sites = getattr(self, name)
+            if isinstance(sites, (list, tuple)) and all(site in known for site in sites):
+                object.__setattr__(self, name, tuple(sorted({known[site] for site in sites})))
+            else:
+                problems.append(f"{name} must be a list of {list(known)}, got {sites!r}")
+        if problems:
+            raise StartupRefused("steer_vllm settings: " + "; ".join(problems))
+        if self.low_rank_rows == 0:
+            object.__setattr__(self, "low_rank_sites", ())
+
+    @property
+    def max_segments(self) -> int:
+        """Segments of one request: each component starts and stops at most two spans."""
+        return 4 * self.per_request
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SteerConfig:
+        """Read the JSON form. Errors: `StartupRefused` for unknown settings and bad values."""
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise StartupRefused(f"steer_vllm settings: unknown: {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        plain = asdict(self)
+        for name in ("additive_sites", "low_rank_sites"):
+            plain[name] = [site.value for site in plain[name]]
+        return plain

@@ -1,0 +1,58 @@
+"""The maths, once, in PyTorch: differentiable, exact, and free of data-dependent shapes.
+
+Training runs it under autograd, CPU serving runs it, transformers runs it, and faster kernels are checked against it. A
+token carries one row of each table and one scale; row 0 of every table is zero. Knows no model and no request.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_GATHER = 1 << 22
+"""Table entries gathered at once by `low_rank`: bounds its memory to tens of MB for any number of tokens."""
+
+
+def additive(y: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """y[t] + scales[t] * table[rows[t]].
+
+    y: [tokens, hidden]; rows: int [tokens]; scales: float32 [tokens]; table: [rows, hidden]. Accumulates in float32 or
+    wider and rounds once to y's dtype.
+    """
+    return torch.addcmul(y, table[rows], scales[:, None]).to(y.dtype)
+
+
+def affine(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """B^T (A x + c) for each row of x. x: [..., n, hidden]; A, B: [..., rank, hidden]; c: [..., rank]."""
+    return (x @ A.mT + c.unsqueeze(-2)) @ B
+
+
+def low_rank(
+    x: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor, A: torch.Tensor, B: torch.Tensor, c: torch.Tensor
+) -> torch.Tensor:
+    """scales[t] * B[rows[t]]^T (A[rows[t]] x[t] + c[rows[t]]), in x's dtype.
+
+    x: [tokens, hidden]; rows: int [tokens]; scales: float32 [tokens]; A, B: [rows, rank, hidden]; c: [rows, rank].
+    """
+    exact = torch.promote_types(x.dtype, torch.float32)
+    step = max(1, _GATHER // max(1, A[0].numel()))
+    parts = [
+        affine(xs[:, None, :].to(exact), A[at].to(exact), B[at].to(exact), c[at].to(exact))[:, 0] * by[:, None]
+        for xs, at, by in zip(x.split(step), rows.split(step), scales.split(step), strict=True)
+    ]
+    return torch.cat(parts).to(x.dtype)
+
+
+def route(
+    positions: torch.Tensor, requests: torch.Tensor, spans: torch.Tensor, scales: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What each token gets: its additive row, its low-rank row and its scale; zeros where no segment holds it.
+
+    positions: int [tokens], absolute; requests: int [tokens], the row of the token's request in the segment tables (row
+    0 has none); spans: int [requests, segments, 4] of start, stop, additive row, low-rank row; scales: float32
+    [requests, segments]. Segments of a request do not overlap, so a sum over them selects one.
+    """
+    mine = spans[requests]
+    at = positions[:, None]
+    inside = (mine[..., 0] <= at) & (at < mine[..., 1])
+    rows = (mine[..., 2:] * inside[..., None]).sum(1, dtype=spans.dtype)
+    return rows[:, 0], rows[:, 1], (scales[requests] * inside).sum(1)

@@ -1,0 +1,150 @@
+"""One part of a compiled intervention as the tables store it: one tensor per table over all places of a layout.
+
+A row of a table is one contiguous piece of memory, so filling it is one copy. Composition happens here, on packed
+parts. Rows, digests and devices are not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .config import SteerConfig
+from .edit import Edit, Edits, LowRank, Place
+from .errors import ArtifactInvalid
+from .plan import PartSummary
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The places that have tables, in table order: [i] of a row belongs to `additive[i]` or `low_rank[i]`."""
+
+    hidden_size: int
+    additive: tuple[Place, ...]
+    low_rank: tuple[Place, ...]
+
+    @classmethod
+    def of(cls, layers: Iterable[int], hidden_size: int, config: SteerConfig) -> Layout:
+        """Every configured site of the given layers."""
+        layers = tuple(layers)
+        return cls(
+            hidden_size=hidden_size,
+            additive=tuple(Place(layer, site) for layer in layers for site in config.additive_sites),
+            low_rank=tuple(Place(layer, site) for layer in layers for site in config.low_rank_sites),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """offset: [additive places, hidden]. low_rank: A, B [low-rank places, rank, hidden], c [low-rank places, rank].
+
+    What an intervention does not have is None.
+    """
+
+    offset: torch.Tensor | None
+    low_rank: LowRank | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def summary(self) -> PartSummary:
+        """What the host keeps of it. A float16 bias or a long sum is bounded by its largest entry."""
+        tensors = [tensor for tensor in self._tensors() if tensor.numel()]
+        return PartSummary(
+            additive=self.offset is not None,
+            rank=self.low_rank.A.shape[1] if self.low_rank else 0,
+            largest=max((tensor.abs().max().item() for tensor in tensors), default=0.0),
+        )
+
+    def _tensors(self) -> list[torch.Tensor]:
+        parts = [] if self.offset is None else [self.offset]
+        return parts if self.low_rank is None else [*parts, self.low_rank.A, self.low_rank.B, self.low_rank.c]
+
+
+def check_sites(parts: Iterable[Edits], config: SteerConfig, where: str) -> None:
+    """Every edit must have a table. Errors: `ArtifactInvalid` naming the site and the setting that adds it."""
+    for edits in parts:
+        for place, edit in edits.items():
+            for kind, needed in (("additive", edit.offset is not None), ("low_rank", edit.low_rank is not None)):
+                served: Sequence[object] = getattr(config, f"{kind}_sites")
+                if needed and place.site not in served:
+                    raise ArtifactInvalid(
+                        f"{where}: edits {place.site.value} (layer {place.layer}), and this engine has no {kind} table"
+                        f" there: start it with {place.site.value} in {kind}_sites"
+                    )
+
+
+def pack(edits: Edits, layout: Layout, dtype: torch.dtype, where: str) -> Packed:
+    """The edits in table order, in `dtype`, zero where there is none. Places outside the layout belong to other ranks.
+
+    Errors: `ArtifactInvalid` when a value is not finite in `dtype`.
+    """
+    rank = max((edit.low_rank.rank for edit in edits.values() if edit.low_rank), default=0)
+    packed = Packed(
+        offset=torch.stack([_offset(edits.get(place), layout.hidden_size) for place in layout.additive]).to(dtype)
+        if layout.additive and any(edit.offset is not None for edit in edits.values())
+        else None,
+        low_rank=_stack([_low_rank(edits.get(place), rank, layout.hidden_size) for place in layout.low_rank], dtype)
+        if layout.low_rank and rank
+        else None,
+    )
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in packed._tensors()):
+        raise ArtifactInvalid(f"{where}: holds values that are not finite in the model's dtype {dtype}")
+    return packed
+
+
+def unpack(packed: Packed, layout: Layout) -> Edits:
+    """The edits back, one per place of the layout."""
+    edits: dict[Place, Edit] = {}
+    if packed.offset is not None:
+        edits |= {place: Edit(offset=packed.offset[i]) for i, place in enumerate(layout.additive)}
+    if packed.low_rank is not None:
+        part = packed.low_rank
+        for i, place in enumerate(layout.low_rank):
+            known = edits.get(place, Edit())
+            edits[place] = Edit(known.offset, LowRank(part.A[i], part.B[i], part.c[i]))
+    return edits
+
+
+def compose(terms: Iterable[tuple[Packed, float]]) -> Packed:
+    """One part equal to all terms at once, scales baked in; every term reads the same x.
+
+    sum_i s_i (B_i^T (A_i x + c_i) + u_i) = [s_i B_i]^T ([A_i] x + [c_i]) + sum_i s_i u_i, summed in float32.
+    """
+    terms = tuple(terms)
+    offsets = [(packed.offset, scale) for packed, scale in terms if packed.offset is not None]
+    ranks = [(packed.low_rank, scale) for packed, scale in terms if packed.low_rank is not None]
+    return Packed(
+        offset=sum((u.float() * s for u, s in offsets), torch.zeros(())).to(offsets[0][0].dtype) if offsets else None,
+        low_rank=LowRank(
+            A=torch.cat([part.A for part, _ in ranks], 1),
+            B=torch.cat([(part.B.float() * s).to(part.B.dtype) for part, s in ranks], 1),
+            c=torch.cat([part.c for part, _ in ranks], 1),
+        )
+        if ranks
+        else None,
+    )
+
+
+def _offset(edit: Edit | None, hidden: int) -> torch.Tensor:
+    return torch.zeros(hidden) if edit is None or edit.offset is None else edit.offset.detach().float().cpu()
+
+
+def _low_rank(edit: Edit | None, rank: int, hidden: int) -> LowRank:
+    """Padded with zero ranks to `rank`: they add nothing."""
+    blank = LowRank(torch.zeros(rank, hidden), torch.zeros(rank, hidden), torch.zeros(rank))
+    if edit is not None and edit.low_rank is not None:
+        for into, values in zip((blank.A, blank.B, blank.c), _triple(edit.low_rank), strict=True):
+            into[: edit.low_rank.rank] = values.detach().float().cpu()
+    return blank
+
+
+def _stack(parts: list[LowRank], dtype: torch.dtype) -> LowRank:
+    return LowRank(*(torch.stack(column).to(dtype) for column in zip(*map(_triple, parts), strict=True)))
+
+
+def _triple(part: LowRank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return part.A, part.B, part.c

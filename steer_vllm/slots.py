@@ -1,0 +1,161 @@
+"""The tables on the device, and what tokens read from them.
+
+`SlotTables` hold compiled edits by row, `TokenSlots` the rows and scale of every token of the step, `RequestSlots` the
+segments of every request in flight. All are allocated once; row 0 is the identity. They fill what a plan says and
+decide nothing: rows are handed out elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from .config import SteerConfig
+from .edit import LowRank, Place
+from .ops import reference
+from .packed import Layout, Packed, compose
+from .plan import Fill, Placement, Plan
+from .rows import Content
+
+Store = Mapping[tuple[str, int], Packed]
+"""Host memory of everything loaded: (digest, part) -> packed part."""
+
+
+class SlotTables:
+    """additive: [rows + 1, places, hidden]; low_rank: A, B [rows + 1, places, max_rank, hidden], c without hidden.
+
+    A row is contiguous, so filling one is a copy per tensor whatever the number of layers.
+    """
+
+    def __init__(self, layout: Layout, config: SteerConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.layout = layout
+        hidden, rank = layout.hidden_size, config.max_rank
+        sizes = (config.low_rank_rows + 1, len(layout.low_rank), rank)
+        self.additive = torch.zeros(config.additive_rows + 1, len(layout.additive), hidden, dtype=dtype, device=device)
+        self.low_rank = LowRank(
+            A=torch.zeros(*sizes, hidden, dtype=dtype, device=device),
+            B=torch.zeros(*sizes, hidden, dtype=dtype, device=device),
+            c=torch.zeros(*sizes, dtype=dtype, device=device),
+        )
+        self._additive_held: dict[int, Content] = {}
+        self._low_rank_held: dict[int, Content] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of all tables."""
+        return sum(tensor.nbytes for tensor in (self.additive, self.low_rank.A, self.low_rank.B, self.low_rank.c))
+
+    def additive_at(self, place: Place) -> torch.Tensor:
+        """[rows + 1, hidden] view of one place."""
+        return self.additive[:, self.layout.additive.index(place)]
+
+    def low_rank_at(self, place: Place) -> LowRank:
+        """[rows + 1, max_rank, hidden] views of one place."""
+        at = self.layout.low_rank.index(place)
+        return LowRank(self.low_rank.A[:, at], self.low_rank.B[:, at], self.low_rank.c[:, at])
+
+    def fill(self, plan: Plan, store: Store) -> None:
+        """Bring the plan's rows up to date. A row keeps its content between requests, so most calls copy nothing."""
+        for fill in plan.additive:
+            if self._additive_held.get(fill.row) != fill.content:
+                self.write_additive(fill.row, gather(fill, store))
+                self._additive_held[fill.row] = fill.content
+        for fill in plan.low_rank:
+            if self._low_rank_held.get(fill.row) != fill.content:
+                self.write_low_rank(fill.row, gather(fill, store))
+                self._low_rank_held[fill.row] = fill.content
+
+    def write_additive(self, row: int, packed: Packed) -> None:
+        """Copy one part's offsets into a row; a part without any makes it the identity."""
+        if packed.offset is None:
+            self.additive[row].zero_()
+        else:
+            self.additive[row].copy_(packed.offset, non_blocking=True)
+
+    def write_low_rank(self, row: int, packed: Packed) -> None:
+        """Copy one part's low-rank edit into a row; ranks above its own become zero."""
+        rank = packed.low_rank.A.shape[1] if packed.low_rank else 0
+        for name in ("A", "B", "c"):
+            into = getattr(self.low_rank, name)[row]
+            if packed.low_rank:
+                into[:, :rank].copy_(getattr(packed.low_rank, name), non_blocking=True)
+            into[:, rank:].zero_()
+
+    def clear_held(self) -> None:
+        """Forget what rows hold, so that every row is written again (weights changed, or memory was lost)."""
+        self._additive_held.clear()
+        self._low_rank_held.clear()
+
+
+def gather(fill: Fill, store: Store) -> Packed:
+    """The packed content of a row: the part itself when it stands alone, else the composition."""
+    terms = fill.content
+    if len(terms) == 1 and terms[0].scale == 1.0:
+        return store[terms[0].digest, terms[0].part]
+    return compose((store[term.digest, term.part], term.scale) for term in terms)
+
+
+class TokenSlots:
+    """What the layers read in a step: additive row and low-rank row (int32) and scale (float32) of each token."""
+
+    def __init__(self, tokens: int, device: torch.device | str) -> None:
+        self.additive = torch.zeros(tokens, dtype=torch.int32, device=device)
+        self.low_rank = torch.zeros(tokens, dtype=torch.int32, device=device)
+        self.scales = torch.zeros(tokens, dtype=torch.float32, device=device)
+        self._clear = True
+
+    def set(self, additive: torch.Tensor, low_rank: torch.Tensor, scales: torch.Tensor) -> None:
+        """Take the step's tokens; everything behind them is padding and gets the identity."""
+        for into, values in ((self.additive, additive), (self.low_rank, low_rank), (self.scales, scales)):
+            into[: len(values)].copy_(values)
+            into[len(values) :].zero_()
+        self._clear = False
+
+    def clear(self) -> None:
+        """No token is edited. Free when that is so already."""
+        if not self._clear:
+            for into in (self.additive, self.low_rank, self.scales):
+                into.zero_()
+            self._clear = True
+
+
+class RequestSlots:
+    """Segments of up to `requests` requests, for `reference.route`. Row 0 belongs to every request without a plan."""
+
+    def __init__(self, requests: int, config: SteerConfig, device: torch.device | str) -> None:
+        self._segments = config.max_segments
+        self.spans = torch.zeros(requests + 1, self._segments, 4, dtype=torch.int32, device=device)
+        self.scales = torch.zeros(requests + 1, self._segments, dtype=torch.float32, device=device)
+        self._free = list(range(requests, 0, -1))
+        self._row: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def add(self, request_id: str, placements: Sequence[Placement]) -> None:
+        """Take a request in. Adding it again replaces its segments (a resumed request)."""
+        row = self._row[request_id] if request_id in self._row else self._free.pop()
+        self._row[request_id] = row
+        spans = np.zeros((self._segments, 4), dtype=np.int32)
+        scales = np.zeros(self._segments, dtype=np.float32)
+        for i, place in enumerate(placements):
+            spans[i] = place[:4]
+            scales[i] = place.scale
+        self.spans[row].copy_(torch.from_numpy(spans))
+        self.scales[row].copy_(torch.from_numpy(scales))
+
+    def remove(self, request_id: str) -> None:
+        """Let a request go; unknown ones are no error, since runners remove before they add."""
+        row = self._row.pop(request_id, None)
+        if row is not None:
+            self._free.append(row)
+
+    def row(self, request_id: str) -> int:
+        """The request's row, 0 for one without a plan."""
+        return self._row.get(request_id, 0)
+
+    def route(self, positions: torch.Tensor, requests: torch.Tensor, into: TokenSlots) -> None:
+        """Set the slots of the step's tokens from their absolute positions and request rows. Both: int [tokens]."""
+        into.set(*reference.route(positions, requests, self.spans, self.scales))
