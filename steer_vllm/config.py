@@ -14,6 +14,10 @@ from .edit import Site
 from .errors import StartupRefused
 
 
+SPARE_ROWS = 8
+"""Rows beyond what the front hands out, for requests whose release is still on its way to the engine."""
+
+
 @dataclass(frozen=True)
 class SteerConfig:
     """Row counts are per table; row 0 of each is the identity and not counted.
@@ -50,6 +54,16 @@ class SteerConfig:
             raise StartupRefused("steer_vllm settings: " + "; ".join(problems))
         if self.low_rank_rows == 0:
             object.__setattr__(self, "low_rank_sites", ())
+
+    @property
+    def additive_table_rows(self) -> int:
+        """Rows of the additive tables: the identity, those the front counts, and the spare ones."""
+        return 1 + self.additive_rows + SPARE_ROWS
+
+    @property
+    def low_rank_table_rows(self) -> int:
+        """Rows of the low-rank tables, likewise."""
+        return 1 + self.low_rank_rows + SPARE_ROWS if self.low_rank_rows else 1
 
     @property
     def max_segments(self) -> int:

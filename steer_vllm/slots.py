@@ -32,8 +32,10 @@ class SlotTables:
     def __init__(self, layout: Layout, config: SteerConfig, dtype: torch.dtype, device: torch.device | str) -> None:
         self.layout = layout
         hidden, rank = layout.hidden_size, config.max_rank
-        sizes = (config.low_rank_rows + 1, len(layout.low_rank), rank)
-        self.additive = torch.zeros(config.additive_rows + 1, len(layout.additive), hidden, dtype=dtype, device=device)
+        sizes = (config.low_rank_table_rows, len(layout.low_rank), rank)
+        self.additive = torch.zeros(
+            config.additive_table_rows, len(layout.additive), hidden, dtype=dtype, device=device
+        )
         self.low_rank = LowRank(
             A=torch.zeros(*sizes, hidden, dtype=dtype, device=device),
             B=torch.zeros(*sizes, hidden, dtype=dtype, device=device),

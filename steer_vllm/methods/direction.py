@@ -43,6 +43,10 @@ class Direction(Method):
     def layers(self) -> tuple[int, ...]:
         return self.edited_layers
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (self.site,)
+
     def shapes(self, base: Fingerprint) -> dict[str, tuple[int, ...]]:
         return {"directions": (len(self.layers), base.hidden_size)}
 

@@ -39,6 +39,10 @@ class LoFiT(Method):
     def layers(self) -> tuple[int, ...]:
         return tuple(sorted({layer for layer, _ in self.heads}))
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (Site.ATTENTION_OUTPUT,)
+
     def shapes(self, base: Fingerprint) -> dict[str, tuple[int, ...]]:
         return {"offsets": (len(self.heads), base.head_dim)}
 

@@ -48,6 +48,10 @@ class LoReFT(Method):
     def layers(self) -> tuple[int, ...]:
         return self.edited_layers
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (Site.BLOCK_OUTPUT,)
+
     def shapes(self, base: Fingerprint) -> dict[str, tuple[int, ...]]:
         wide = (self.parts, len(self.layers), self.rank, base.hidden_size)
         return {"rotate": wide, "weight": wide, "bias": wide[:3]}

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import Self
 
-from ..edit import Edits
+from ..edit import Edits, Site
 from ..errors import ArtifactInvalid
 from ..fingerprint import Fingerprint
 from ..positions import Positions
@@ -40,6 +40,11 @@ class Method(ABC):
     @abstractmethod
     def layers(self) -> tuple[int, ...]:
         """The layers it edits, ascending, 0-based."""
+
+    @property
+    @abstractmethod
+    def sites(self) -> tuple[Site, ...]:
+        """The sites it edits."""
 
     @abstractmethod
     def shapes(self, base: Fingerprint) -> dict[str, tuple[int, ...]]:
