@@ -59,6 +59,14 @@ class Packed:
             largest=max((tensor.abs().max().item() for tensor in tensors), default=0.0),
         )
 
+    def pinned(self) -> Packed:
+        """A copy in page-locked memory, from which a device copies on its own."""
+        part = self.low_rank
+        return Packed(
+            offset=None if self.offset is None else self.offset.pin_memory(),
+            low_rank=part and LowRank(part.A.pin_memory(), part.B.pin_memory(), part.c.pin_memory()),
+        )
+
     def _tensors(self) -> list[torch.Tensor]:
         parts = [] if self.offset is None else [self.offset]
         return parts if self.low_rank is None else [*parts, self.low_rank.A, self.low_rank.B, self.low_rank.c]

@@ -18,8 +18,7 @@ from .rows import Content
 from .segments import Segment, Term
 
 
-@dataclass(frozen=True)
-class PartSummary:
+class PartSummary(NamedTuple):
     """One part of a compiled intervention: does it add offsets, its rank (0: none), its largest absolute entry."""
 
     additive: bool
@@ -101,6 +100,10 @@ def _need(terms: tuple[Term, ...], summaries: Mapping[str, Summary], config: Ste
         low_rank=tuple(term for term, part in kept if part.rank) or None,
         scale=terms[0].scale if alone else 1.0,
     )
+
+
+NOMINAL_PROMPT = 1 << 20
+"""A prompt length at which all positions of a request are distinct, for fronts that do not know the real one."""
 
 
 def contents(needed: Iterable[Need]) -> tuple[set[Content], set[Content]]:

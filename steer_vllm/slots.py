@@ -124,12 +124,14 @@ class TokenSlots:
 
 
 class RequestSlots:
-    """Segments of up to `requests` requests, for `reference.route`. Row 0 belongs to every request without a plan."""
+    """Segments of the requests in a worker, for `reference.route`. Row 0 belongs to every request without a plan.
+
+    Preempted requests keep their row, so there can be more than run at once: the tables grow when they must.
+    """
 
     def __init__(self, requests: int, config: SteerConfig, device: torch.device | str) -> None:
-        self._segments = config.max_segments
-        self.spans = torch.zeros(requests + 1, self._segments, 4, dtype=torch.int32, device=device)
-        self.scales = torch.zeros(requests + 1, self._segments, dtype=torch.float32, device=device)
+        self.spans = torch.zeros(requests + 1, config.max_segments, 4, dtype=torch.int32, device=device)
+        self.scales = torch.zeros(requests + 1, config.max_segments, dtype=torch.float32, device=device)
         self._free = list(range(requests, 0, -1))
         self._row: dict[str, int] = {}
 
@@ -137,22 +139,24 @@ class RequestSlots:
         return len(self._row)
 
     def add(self, request_id: str, placements: Sequence[Placement]) -> None:
-        """Take a request in. Adding it again replaces its segments (a resumed request)."""
-        row = self._row[request_id] if request_id in self._row else self._free.pop()
-        self._row[request_id] = row
-        spans = np.zeros((self._segments, 4), dtype=np.int32)
-        scales = np.zeros(self._segments, dtype=np.float32)
+        """Take a request in that is not there yet."""
+        if not self._free:
+            self._grow()
+        row = self._row[request_id] = self._free.pop()
+        spans = np.zeros(self.spans.shape[1:], dtype=np.int32)
+        scales = np.zeros(self.scales.shape[1:], dtype=np.float32)
         for i, place in enumerate(placements):
             spans[i] = place[:4]
             scales[i] = place.scale
         self.spans[row].copy_(torch.from_numpy(spans))
         self.scales[row].copy_(torch.from_numpy(scales))
 
-    def remove(self, request_id: str) -> None:
-        """Let a request go; unknown ones are no error, since runners remove before they add."""
+    def remove(self, request_id: str) -> bool:
+        """Let a request go; False for an unknown one, since runners remove before they add."""
         row = self._row.pop(request_id, None)
         if row is not None:
             self._free.append(row)
+        return row is not None
 
     def row(self, request_id: str) -> int:
         """The request's row, 0 for one without a plan."""
@@ -161,3 +165,9 @@ class RequestSlots:
     def route(self, positions: torch.Tensor, requests: torch.Tensor, into: TokenSlots) -> None:
         """Set the slots of the step's tokens from their absolute positions and request rows. Both: int [tokens]."""
         into.set(*reference.route(positions, requests, self.spans, self.scales))
+
+    def _grow(self) -> None:
+        count = len(self.spans)
+        self._free = list(range(2 * count - 1, count - 1, -1))
+        self.spans = torch.cat([self.spans, torch.zeros_like(self.spans)])
+        self.scales = torch.cat([self.scales, torch.zeros_like(self.scales)])

@@ -1,0 +1,189 @@
+"""Steering in the engine core: admission of requests, their release, and the utilities that load and unload.
+
+Turns vLLM's calls into `Admission` calls; edits and tables are the workers'.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from functools import wraps
+from typing import Any
+
+import torch
+
+from ..errors import SteerError, Unsupported
+from ..plan import Plan
+from ..request import EXTRA_ARG, Steering
+from .admission import Admission, merge
+from .loader import Answer, answered
+from .settings import steer_config
+
+_creating = threading.Lock()
+
+
+def plan_of(sampling_params: Any) -> Plan | None:
+    """The plan that an admitted request carries."""
+    extra = sampling_params.extra_args if sampling_params is not None else None
+    return extra.get(EXTRA_ARG) if extra else None
+
+
+def install() -> None:
+    """Ledger: replaces `EngineCore.preprocess_add_request`, `EngineCoreProc._reject_add_in_shutdown` and
+    `Scheduler._free_request`; adds utilities to `EngineCore`.
+
+    What: a request is checked and pinned before vLLM builds it (block hashes are computed in its constructor), and
+    released where the scheduler frees it, or where shutdown turns it away. Why: workers never see waiting requests, so
+    only the core can count users; an exception in preprocessing fails that request alone. Since 0.26. Can go when vLLM
+    has admission hooks.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+
+    _patch_preprocess(EngineCore)
+    _patch_reject(EngineCoreProc)
+    _patch_free(Scheduler)
+    for utility in (steer_begin, steer_poll, steer_commit, steer_drop, steer_free, steer_facts):
+        setattr(EngineCore, utility.__name__, utility)
+
+
+def _admission(core: Any) -> Admission | None:
+    """The core's book, made when first asked for: plugins may be loaded in the middle of the core's constructor."""
+    with _creating:
+        if not hasattr(core, "steering"):
+            config = steer_config(core.vllm_config)
+            largest = torch.finfo(core.vllm_config.model_config.dtype).max
+            core.steering = core.scheduler.steering = Admission(config, largest) if config else None
+        admission: Admission | None = core.steering
+        return admission
+
+
+def _patch_preprocess(engine_core: Any) -> None:
+    preprocess_add_request = engine_core.preprocess_add_request
+
+    @wraps(preprocess_add_request)
+    def preprocess_and_admit(self: Any, request: Any) -> Any:
+        params = request.sampling_params
+        extra = params.extra_args if params is not None else None
+        if not extra or EXTRA_ARG not in extra:
+            return preprocess_add_request(self, request)
+        admission = _admission(self)
+        if admission is None:
+            raise Unsupported("this engine was started without steering: no intervention can be applied")
+        if getattr(request, "resumable", False):
+            raise Unsupported("streaming-input requests cannot carry interventions: their prompt grows")
+        plan = admission.admit(request.request_id, Steering.from_wire(extra[EXTRA_ARG]), _prompt_len(request))
+        try:
+            request.sampling_params = copy.copy(params)
+            request.sampling_params.extra_args = {**extra, EXTRA_ARG: plan}
+            return preprocess_add_request(self, request)
+        except BaseException:
+            admission.release(request.request_id)
+            raise
+
+    engine_core.preprocess_add_request = preprocess_and_admit
+
+
+def _prompt_len(request: Any) -> int:
+    ids = request.prompt_token_ids
+    return len(ids) if ids is not None else len(request.prompt_embeds)
+
+
+def _patch_reject(engine_core_proc: Any) -> None:
+    reject_add_in_shutdown = engine_core_proc._reject_add_in_shutdown
+
+    @wraps(reject_add_in_shutdown)
+    def reject_and_release(self: Any, request: Any) -> bool:
+        rejected: bool = reject_add_in_shutdown(self, request)
+        if rejected and plan_of(request.sampling_params):
+            self.steering.release(request.request_id)
+        return rejected
+
+    engine_core_proc._reject_add_in_shutdown = reject_and_release
+
+
+def _patch_free(scheduler: Any) -> None:
+    free_request = scheduler._free_request
+
+    @wraps(free_request)
+    def free_and_release(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        result = free_request(self, request, *args, **kwargs)
+        if plan_of(request.sampling_params):
+            self.steering.release(request.request_id)
+        return result
+
+    scheduler._free_request = free_and_release
+
+
+def _ask_ranks(core: Any, method: str, *args: Any) -> tuple[Answer, list[Answer]]:
+    """Call a worker method on every rank: the worst answer, and all of them."""
+    answers = core.collective_rpc(method, args=args)
+    order = ("failed", "busy", "ready", "done")
+    return min(answers, key=lambda answer: order.index(answer["state"])), answers
+
+
+def _required(core: Any) -> Admission:
+    admission = _admission(core)
+    if admission is None:
+        raise SteerError("this engine was started without steering")
+    return admission
+
+
+@answered
+def steer_begin(self: Any, folder: str, digest: str) -> Answer:
+    """Utility: start loading on every rank; "done" at once for content that is held."""
+    held = _required(self).reopen(digest)
+    if held:
+        return {"state": "done", "parts": [part._asdict() for part in held.parts]}
+    return _ask_ranks(self, "steer_begin", folder, digest)[0]
+
+
+@answered
+def steer_poll(self: Any, digest: str) -> Answer:
+    """Utility: "ready" when every rank is."""
+    return _ask_ranks(self, "steer_poll", digest)[0]
+
+
+@answered
+def steer_commit(self: Any, digest: str) -> Answer:
+    """Utility: make it usable on every rank, or on none."""
+    worst, answers = _ask_ranks(self, "steer_commit", digest)
+    if worst["state"] != "done":
+        _ask_ranks(self, "steer_drop", digest)
+        return worst
+    summary = merge(digest, [answer["parts"] for answer in answers])
+    _required(self).publish(summary)
+    return {"state": "done", "parts": [part._asdict() for part in summary.parts]}
+
+
+@answered
+def steer_drop(self: Any, digest: str) -> Answer:
+    """Utility: give up a load that did not commit."""
+    return _ask_ranks(self, "steer_drop", digest)[0]
+
+
+@answered
+def steer_free(self: Any, digest: str) -> Answer:
+    """Utility: free content that nothing uses; "busy" while requests do."""
+    if not _required(self).close(digest):
+        return {"state": "busy"}
+    return _ask_ranks(self, "steer_drop", digest)[0]
+
+
+@answered
+def steer_facts(self: Any) -> Answer:
+    """Utility: what the front wants to know of the engine and its ranks."""
+    admission = _required(self)
+    worst, answers = _ask_ranks(self, "steer_facts")
+    if worst["state"] != "done":
+        return worst
+    dtype = self.vllm_config.model_config.dtype
+    return {
+        "state": "done",
+        "config": admission.config.to_dict(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "largest": torch.finfo(dtype).max,
+        "base": answers[0]["base"],
+        "ranks": answers,
+        "admission": admission.facts(),
+    }

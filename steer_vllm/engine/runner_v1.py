@@ -1,0 +1,88 @@
+"""Hooks into vLLM's first V1 model runner (`GPUModelRunner`, and `CPUModelRunner` on top of it).
+
+Turns what that runner keeps into `WorkerSteering` calls; knows nothing of edits.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+import numpy as np
+
+from .core import plan_of
+from .worker import StepView, attach
+
+
+def install() -> None:
+    """Ledger: replaces three methods of `GPUModelRunner`, one of `CPUModelRunner`.
+
+    What: `load_model` also wraps the layers; `_update_states` also tells which requests left and entered;
+    `_prepare_inputs` also sets the token slots. Why: the runner has no plugin interface between its state and the
+    model. Since 0.26 (`load_model` gains keywords in 0.32, `_prepare_inputs` returns three values there: both pass
+    through). Can go with this runner, which vLLM has deprecated on CUDA.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    _patch_load(GPUModelRunner)
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+        _patch_load(CPUModelRunner)  # it overrides load_model without calling its parent's
+    _patch_update(GPUModelRunner)
+    _patch_prepare(GPUModelRunner)
+
+
+def _patch_load(runner: Any) -> None:
+    load_model = runner.load_model
+
+    @wraps(load_model)
+    def load_and_attach(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = load_model(self, *args, **kwargs)
+        if getattr(self, "steering", None) is None:
+            self.steering = attach(self, self.get_model())
+        return result
+
+    runner.load_model = load_and_attach
+
+
+def _patch_update(runner: Any) -> None:
+    update_states = runner._update_states
+
+    @wraps(update_states)
+    def update_and_tell(self: Any, scheduler_output: Any) -> Any:
+        result = update_states(self, scheduler_output)
+        if self.steering is not None:
+            for request_id in scheduler_output.finished_req_ids:
+                self.steering.remove(request_id)
+            for new in scheduler_output.scheduled_new_reqs:
+                self.steering.add(new.req_id, plan_of(new.sampling_params))
+        return result
+
+    runner._update_states = update_and_tell
+
+
+def _patch_prepare(runner: Any) -> None:
+    prepare_inputs = runner._prepare_inputs
+
+    @wraps(prepare_inputs)
+    def prepare_and_route(self: Any, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
+        result = prepare_inputs(self, scheduler_output, num_scheduled_tokens)
+        if self.steering is not None:
+            self.steering.prepare(
+                StepView(
+                    request_ids=self.input_batch.req_ids,
+                    query_start_loc=self.query_start_loc.gpu,
+                    positions=_tensor(self.positions),
+                    tokens=scheduler_output.total_num_scheduled_tokens,
+                )
+            )
+        return result
+
+    runner._prepare_inputs = prepare_and_route
+
+
+def _tensor(buffer: Any) -> Any:
+    """The device side of a buffer; 0.32 keeps positions as a plain tensor."""
+    return getattr(buffer, "gpu", buffer)

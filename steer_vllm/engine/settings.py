@@ -1,0 +1,41 @@
+"""What a vLLM configuration says about steering: is it on, with which limits, on which base model.
+
+`additional_config["steer_vllm"]` holds the limits; vLLM hashes that field into its compile-cache key, so a graph is
+never reused with tables of another shape.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..config import SteerConfig
+from ..fingerprint import Fingerprint
+
+KEY = "steer_vllm"
+VERSION = 1
+"""Raised when the same settings trace to another graph: part of the compile-cache key through `entry`."""
+
+
+def entry(config: SteerConfig) -> dict[str, Any]:
+    """The value of `additional_config[KEY]` that turns steering on."""
+    return {"version": VERSION, **config.to_dict()}
+
+
+def steer_config(vllm_config: Any) -> SteerConfig | None:
+    """The limits, or None where steering is off. Errors: `StartupRefused` for settings that are not understood."""
+    values = (vllm_config.additional_config or {}).get(KEY)
+    if values is None:
+        return None
+    return SteerConfig.from_dict({name: value for name, value in values.items() if name != "version"})
+
+
+def base_fingerprint(vllm_config: Any) -> Fingerprint:
+    """The fingerprint of the model being served, from the files that vLLM loaded. Errors: `ArtifactInvalid`."""
+    model = vllm_config.model_config
+    folder = Path(model.model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
+    return Fingerprint.of(folder, weights=str(vllm_config.load_config.load_format) != "dummy")

@@ -1,0 +1,114 @@
+"""One rank's steering: its tables, its store of loaded interventions, and the routing of every step.
+
+`StepView` is all it sees of a step, whichever runner made it. It decides nothing: plans come with the requests, loads
+from the engine core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..config import SteerConfig
+from ..packed import Layout, Packed
+from ..plan import Plan
+from ..slots import RequestSlots, SlotTables, TokenSlots
+from .layers import find_layers, wrap
+from .projection import OutputProjection
+from .refusals import check
+from .settings import base_fingerprint, steer_config
+
+
+@dataclass(frozen=True)
+class StepView:
+    """A step's batch.
+
+    request_ids: one per batch row. query_start_loc: int [rows + 1 or more], on the device, where each row's tokens start
+    and the last ends. positions: int [tokens or more], absolute. tokens: how many there are, at most.
+    """
+
+    request_ids: Sequence[str]
+    query_start_loc: torch.Tensor
+    positions: torch.Tensor
+    tokens: int
+
+
+class WorkerSteering:
+    """Everything steer-vllm keeps in a worker. The step's calls (`add`, `remove`, `prepare`) do not raise."""
+
+    def __init__(self, vllm_config: Any, config: SteerConfig, model: torch.nn.Module, device: torch.device) -> None:
+        check(vllm_config)
+        self.config = config
+        self.base = base_fingerprint(vllm_config)
+        self.dtype: torch.dtype = vllm_config.model_config.dtype
+        self.device = device
+        layers = find_layers(model)
+        self.projections = {index: OutputProjection(layer.projection, index) for index, layer in layers.items()}
+        self.layout = Layout.of(layers, self.base.hidden_size, config)
+        self.tables = SlotTables(self.layout, config, self.dtype, device)
+        scheduler = vllm_config.scheduler_config
+        self.tokens = TokenSlots(scheduler.max_num_batched_tokens + scheduler.max_num_seqs, device)
+        self.requests = RequestSlots(scheduler.max_num_seqs, config, device)
+        self.store: dict[tuple[str, int], Packed] = {}
+        self._steps = torch.arange(len(self.tokens.scales), dtype=torch.int32, device=device)
+        self._batch: list[str] | None = None
+        self._rows = torch.zeros(0, dtype=torch.int64, device=device)
+        self._steered = False
+        wrap(layers, self.tables, self.tokens)
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Ranks that share each layer."""
+        return max((projection.base.tp_size for projection in self.projections.values()), default=1)
+
+    def all_reduce(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The sums of every rank's tensors. A collective: all ranks call it at the same point."""
+        if not parts:
+            return parts
+        from vllm.distributed import tensor_model_parallel_all_reduce
+
+        whole = tensor_model_parallel_all_reduce(torch.stack(parts).to(self.device))
+        return list(whole.cpu())
+
+    def add(self, request_id: str, plan: Plan | None) -> None:
+        """A request enters, or comes back after a preemption, with the plan it was admitted with."""
+        self.remove(request_id)
+        if plan is not None:
+            self.tables.fill(plan, self.store)
+            self.requests.add(request_id, plan.placements)
+            self._batch = None
+
+    def remove(self, request_id: str) -> None:
+        """A request leaves; those that never entered are no error."""
+        if self.requests.remove(request_id):
+            self._batch = None
+
+    def prepare(self, view: StepView) -> None:
+        """Set the token slots of a step, before the model runs or its graph is replayed."""
+        if not len(self.requests):
+            self.tokens.clear()
+            return
+        ids = list(view.request_ids)
+        if ids != self._batch:
+            rows = [self.requests.row(request_id) for request_id in ids]
+            self._steered = any(rows)
+            self._rows = torch.tensor([*rows, 0]).to(self.device)
+            self._batch = ids
+        if not self._steered:
+            self.tokens.clear()
+            return
+        ends = view.query_start_loc[1 : len(ids) + 1].contiguous()
+        owners = torch.searchsorted(ends, self._steps[: view.tokens].to(ends.dtype), right=True)
+        self.requests.route(view.positions[: view.tokens], self._rows[owners], self.tokens)
+
+
+def attach(runner: Any, model: torch.nn.Module) -> WorkerSteering | None:
+    """Give a runner its steering, once its weights are there; None where steering is off.
+
+    Errors: `StartupRefused` when a setting, the model or the base's files do not allow it.
+    """
+    config = steer_config(runner.vllm_config)
+    return None if config is None else WorkerSteering(runner.vllm_config, config, model, runner.device)

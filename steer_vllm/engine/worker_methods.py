@@ -1,0 +1,59 @@
+"""The methods that the engine core calls on every rank, by name.
+
+Finds the rank's steering in whichever runner it has; the work is the loader's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import StartupRefused
+from . import loader
+from .loader import Answer, answered
+from .worker import WorkerSteering
+
+
+def install() -> None:
+    """Ledger: adds methods to `WorkerBase`.
+
+    Why: `collective_rpc` takes the name of a worker method; passing functions would need insecure serialisation. Since
+    0.26. Can go when plugins can register worker methods.
+    """
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    for method in (steer_begin, steer_poll, steer_commit, steer_drop, steer_facts):
+        setattr(WorkerBase, method.__name__, method)
+
+
+def steering_of(worker: Any) -> WorkerSteering:
+    """Where the runner keeps it: V1 on itself, V2 on its model state. Errors: `StartupRefused` when there is none."""
+    runner = worker.model_runner
+    found = getattr(runner, "steering", None) or getattr(getattr(runner, "model_state", None), "steering", None)
+    if found is None:
+        raise StartupRefused("a worker runs without steer-vllm: is the plugin allowed by VLLM_PLUGINS?")
+    return found  # type: ignore[no-any-return]
+
+
+@answered
+def steer_begin(self: Any, folder: str, digest: str) -> Answer:
+    return loader.begin(steering_of(self), folder, digest)
+
+
+@answered
+def steer_poll(self: Any, digest: str) -> Answer:
+    return loader.poll(steering_of(self), digest)
+
+
+@answered
+def steer_commit(self: Any, digest: str) -> Answer:
+    return loader.commit(steering_of(self), digest)
+
+
+@answered
+def steer_drop(self: Any, digest: str) -> Answer:
+    return loader.drop(steering_of(self), digest)
+
+
+@answered
+def steer_facts(self: Any) -> Answer:
+    return loader.facts(steering_of(self))
