@@ -1,1 +1,1 @@
-"""The HTTP side: settings, registry, middleware, routes. Knows nothing of training."""
+"""The HTTP side: settings, registry, middleware, routes. Knows no training, and the engine only by a protocol."""

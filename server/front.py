@@ -1,0 +1,128 @@
+"""Decides what happens to a request before vLLM sees it, and holds what it uses until it has ended.
+
+Everything a request needs is decided here once: contents, scales, positions, rows. Knows the engine's limits and no
+protocol below JSON.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .. import request
+from ..catalog import Entry
+from ..config import SteerConfig
+from ..errors import ModelNotFound
+from ..plan import NOMINAL_PROMPT, contents, needs
+from ..request import Ask, Steering
+from ..segments import resolve
+from . import body as bodies
+from .gate import Gate, Rows, Ticket
+from .keys import Keys
+from .registry import Registry
+from .settings import Limits
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A request that may go on. model: the name its answer carries, None for vLLM's choice."""
+
+    model: str | None = None
+    applied: str = ""
+    digests: frozenset[str] = frozenset()
+    rows: Rows = field(default_factory=Rows)
+
+
+@dataclass(eq=False)
+class Lease:
+    """Contents and rows of one request. Released once; the ticket is None for a request without interventions."""
+
+    front: Front
+    decision: Decision
+    ticket: Ticket | None
+
+    def release(self) -> None:
+        """Give everything back. Errors: `KeyError` the second time."""
+        if self.ticket is not None:
+            self.front.gate.release(self.ticket)
+        self.front.registry.leave(set(self.decision.digests))
+
+
+class Front:
+    """What the middleware and the routes share; one per server."""
+
+    def __init__(self, registry: Registry, keys: Keys, config: SteerConfig, largest: float, limits: Limits) -> None:
+        self.registry = registry
+        self.keys = keys
+        self.limits = limits
+        self.gate = Gate(config)
+        self._config = config
+        self._largest = largest
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        return self.registry.base_names
+
+    def decide(self, body: dict[str, Any], path: str) -> Decision:
+        """Rewrite the body of a steerable request for vLLM. Errors: every `UserError` that a request can earn.
+
+        The caller enters the decision before it awaits anything, or the contents may be gone.
+        """
+        wanted = bodies.consume(body, path, self.base_names)
+        asks = (Ask(wanted.alias),) if wanted.alias is not None else wanted.asks or ()
+        if not asks:
+            return Decision(wanted.model if wanted.base else None)
+        if wanted.base is None and wanted.model is not None:
+            raise ModelNotFound(
+                f"interventions edit the base model {self.base_names[0]!r}, not {wanted.model!r}", param="model"
+            )
+        bodies.check_features(body, self.limits.n)
+        entries: dict[str, Entry] = {}
+
+        def lookup(name: str) -> Entry:
+            entry = entries[name] = self._entry(name, wanted)
+            return entry
+
+        steering = request.bind(asks, lookup, self._config, response_start=wanted.response_start, scored=wanted.scored)
+        assert steering is not None  # there are asks
+        base = wanted.base or self.base_names[0]
+        bodies.write(body, base, steering.to_wire())
+        return Decision(
+            model=wanted.model or base,
+            applied=", ".join(
+                f"{ask.name}@sha256:{part.digest[:12]}*{_short(part.scale)}"
+                for ask, part in zip(asks, steering.components, strict=True)
+            ),
+            digests=frozenset(part.digest for part in steering.components),
+            rows=self._rows(steering, entries),
+        )
+
+    def enter(self, decision: Decision) -> Lease:
+        """Hold the contents and queue for the rows. The lease must be released whatever happens.
+
+        Errors: `TooManyInterventions` when the rows could never be had.
+        """
+        ticket = self.gate.request(decision.rows) if decision.digests else None
+        self.registry.enter(set(decision.digests))
+        return Lease(self, decision, ticket)
+
+    def _entry(self, name: str, wanted: bodies.Wanted) -> Entry:
+        try:
+            return self.registry.catalog.get(name)
+        except ModelNotFound:
+            if wanted.alias is None:
+                raise
+            raise ModelNotFound(f"no model {wanted.model!r}: no such intervention is loaded", param="model") from None
+
+    def _rows(self, steering: Steering, entries: dict[str, Entry]) -> Rows:
+        summaries = {entry.digest: entry.summary for entry in entries.values()}
+        segments = resolve(steering.components, NOMINAL_PROMPT)
+        additive, low_rank = contents(needs(segments, summaries, self._config, self._largest))
+        return Rows(frozenset(additive), frozenset(low_rank))
+
+
+def _short(scale: float) -> str:
+    """The shortest text that gives the same float32: 1.2, not 1.2000000476837158."""
+    return str(np.format_float_positional(np.float32(scale), trim="-"))

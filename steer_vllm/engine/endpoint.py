@@ -1,0 +1,71 @@
+"""Joins vLLM's API server and the server package (`vllm.endpoint_plugins`): routes, registry, the first artifacts.
+
+vLLM calls `attach_router` when it builds its app and `init_state` when the engine runs, before the first connection is
+accepted; what raises there stops the server. Decides nothing about requests.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from ..errors import StartupRefused, SteerError
+from ..server.asked import asked_model
+from ..server.front import Front
+from ..server.middleware import SteerMiddleware
+from ..server.registry import Registry, log
+from ..server.routes import router
+from ..server.settings import Settings, Source
+from ..server.store import Store
+from .client import AsyncEngine
+from .http import answer_with
+from .serve import MIDDLEWARE
+
+
+class SteerEndpoint:
+    """vLLM's `EndpointPlugin` protocol."""
+
+    name = "steer_vllm"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: Any) -> None:
+        """Add our routes."""
+        app.include_router(router)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Build the front and load what was given at the start.
+
+        Errors: `StartupRefused`, among others for a server that was not started by `steer-vllm serve`: it would have
+        these routes without the middleware, and answer with the base model where an intervention is asked for.
+        """
+        settings = getattr(args, "steer_settings", None)
+        if not isinstance(settings, Settings) or MIDDLEWARE not in args.middleware:
+            raise StartupRefused("start this server with `steer-vllm serve`, or take steer_vllm out of VLLM_PLUGINS")
+        assert f"{SteerMiddleware.__module__}.{SteerMiddleware.__name__}" == MIDDLEWARE
+        answer_with(asked_model.get)
+        engine = AsyncEngine(engine_client)
+        facts = await engine.facts()
+        registry = Registry(
+            engine,
+            Store(settings.store, (artifact.source for artifact in settings.artifacts)),
+            facts.config,
+            facts.base,
+            tuple(path.name for path in state.openai_serving_models.base_model_paths),
+        )
+        for artifact in settings.artifacts:
+            await _load(registry, artifact)
+        state.steer = Front(registry, settings.keys(), facts.config, facts.largest, settings.limits)
+        log.info(
+            "steer-vllm: %d interventions, tables of %.1f MB per rank (%d), %s",
+            len(registry.catalog),
+            facts.table_bytes / (1 << 20),
+            facts.ranks,
+            facts.dtype,
+        )
+
+
+async def _load(registry: Registry, artifact: Source) -> None:
+    try:
+        await registry.load(artifact.name, artifact.source)
+    except SteerError as error:
+        raise StartupRefused(f"artifact {artifact.name}={artifact.source}: {error.message}") from error

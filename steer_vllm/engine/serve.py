@@ -1,0 +1,108 @@
+"""Starts vLLM's OpenAI server with steering on: plugins, middleware, limits, one API server process.
+
+vLLM's `serve` command is called as a class: the console command of its CPU build cannot start. What our settings mean
+is not known here; they travel on vLLM's arguments to the endpoint plugin, which is in the same process.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import entry_points
+
+from ..config import SteerConfig
+from ..errors import StartupRefused
+from .settings import KEY, entry
+
+MIDDLEWARE = "steer_vllm.server.middleware.SteerMiddleware"
+
+_ENDPOINTS = "vllm.endpoint_plugins"
+_OFF = ("", "0", "false")
+_REFUSED_VARIABLES = {
+    "VLLM_USE_RUST_FRONTEND": "the Rust front end loads no Python middleware",
+    "VLLM_SKIP_MODEL_NAME_VALIDATION": "an unknown alias would get the base model's answer",
+    "VLLM_API_KEY": "vLLM guards only some paths with it; use STEER_VLLM_API_KEY or --api-key, which guard every path",
+}
+_REFUSED_FLAGS = {
+    "headless": "there is no API server to steer",
+    "grpc": "only the HTTP server is steered",
+    "grpc_port": "only the HTTP server is steered",
+    "api_key": "give it before the --, where it guards every path",
+    "data_parallel_external_lb": "there would be several API servers, each with its own interventions",
+    "data_parallel_hybrid_lb": "there would be several API servers, each with its own interventions",
+    "data_parallel_multi_port_external_lb": "there would be several API servers, each with its own interventions",
+    "data_parallel_rank": "there would be several API servers, each with its own interventions",
+    "data_parallel_start_rank": "there would be several API servers, each with its own interventions",
+}
+
+
+def serve(model: str, config: SteerConfig, settings: object, *, host: str, port: int, flags: Sequence[str]) -> None:
+    """Run until SIGINT or SIGTERM. flags: vLLM's own, as on its command line.
+
+    Errors: `StartupRefused` for what cannot be combined with steering; vLLM's own errors as they are.
+    """
+    refused = refused_variables(os.environ)
+    if refused:
+        raise StartupRefused("; ".join(refused))
+    os.environ["VLLM_PLUGINS"] = allowed_plugins(os.environ.get("VLLM_PLUGINS"))
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command does
+
+    # Below the variables: vLLM reads them when it is imported.
+    from vllm import logger
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    command = ServeSubcommand()
+    parser = FlexibleArgumentParser(prog="steer-vllm serve MODEL --")
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    args = parser.parse_args(["serve", model, f"--host={host}", f"--port={port}", *flags])
+    configure_logging = getattr(logger, "configure_logging_from_args", None)  # since 0.32
+    if configure_logging is not None:
+        configure_logging(args)
+    command.validate(args)
+    prepare(args, config, settings)
+    command.cmd(args)
+
+
+def prepare(args: Namespace, config: SteerConfig, settings: object) -> None:
+    """Turn steering on in vLLM's parsed arguments. Errors: `StartupRefused`."""
+    for name, reason in _REFUSED_FLAGS.items():
+        if getattr(args, name, None) not in (None, False, [], [""]):
+            raise StartupRefused(f"--{name.replace('_', '-')}: {reason}")
+    if args.api_server_count not in (None, 1):
+        raise StartupRefused(f"--api-server-count {args.api_server_count}: one API server knows the interventions")
+    additional = args.additional_config or {}
+    if KEY in additional:
+        raise StartupRefused(f"--additional-config: {KEY} is set by the limits of steer-vllm")
+    args.api_server_count = 1
+    args.additional_config = {**additional, KEY: entry(config)}
+    args.middleware = [MIDDLEWARE, *args.middleware]  # the first is the innermost: others see requests as they came
+    args.steer_settings = settings
+
+
+def refused_variables(environment: Mapping[str, str]) -> list[str]:
+    """The variables that are set and cannot be, each with the reason."""
+    return [
+        f"{name} is set: {reason}"
+        for name, reason in _REFUSED_VARIABLES.items()
+        if environment.get(name, "").lower() not in _OFF
+    ]
+
+
+def allowed_plugins(allowed: str | None) -> str:
+    """The value of VLLM_PLUGINS that adds ours to those that would have been loaded.
+
+    Endpoint plugins are loaded only when they are named, and naming one makes the variable an allow-list for every
+    group; so where it is not set, every plugin of the other groups is named.
+    """
+    if allowed is not None:
+        names: Iterable[str] = [name for name in allowed.split(",") if name]
+    else:
+        found = entry_points()
+        names = [p.name for group in found.groups if _is_plugin_group(group) for p in found.select(group=group)]
+    return ",".join(dict.fromkeys([*names, KEY]))
+
+
+def _is_plugin_group(group: str) -> bool:
+    return group.startswith("vllm.") and group != _ENDPOINTS
