@@ -1,1 +1,1 @@
-"""Learning interventions: data, methods, trainer. Knows nothing of vLLM or of the server."""
+"""Learning interventions: data, methods, trainer, evaluation. Knows nothing of vLLM or of the server."""
