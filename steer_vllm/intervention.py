@@ -59,6 +59,12 @@ class Intervention:
                 f"{self.method.parts}"
             )
 
+    def check_base(self, served: Fingerprint, where: str = "intervention") -> None:
+        """Refuse another base model than the one served. Errors: `ArtifactInvalid` with what differs."""
+        difference = self.base.difference(served)
+        if difference:
+            raise ArtifactInvalid(f"{where}: made for another base model (artifact against server): {difference}")
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of what it does: method, settings, positions and tensors. Never its name, path or card."""

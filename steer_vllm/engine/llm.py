@@ -69,6 +69,7 @@ class LLM(VllmLLM):
         check_name(name)
         path = str(Path(folder).absolute())
         intervention = Intervention.load(path)
+        intervention.check_base(self._facts.base, path)
         self._catalog.check_free(name, intervention.digest, replace)
         summary = self._engine.load(path, intervention.digest)
         published = Entry.of(name, path, intervention, summary)

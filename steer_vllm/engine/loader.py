@@ -63,9 +63,7 @@ class _Load:
         intervention = Intervention.load(self.folder)
         if intervention.digest != self.digest:
             raise ArtifactInvalid(f"{self.folder}: changed while it was loaded (sha256 {intervention.digest})")
-        difference = intervention.base.difference(steering.base)
-        if difference:
-            raise ArtifactInvalid(f"{self.folder}: made for another base model (artifact against server): {difference}")
+        intervention.check_base(steering.base, self.folder)
         self.intervention = intervention
         check_sites(intervention.compile(self._project), steering.config, self.folder)
         if steering.tensor_parallel == 1:

@@ -28,7 +28,7 @@ def install() -> None:
 def steering_of(worker: Any) -> WorkerSteering:
     """Where the runner keeps it: V1 on itself, V2 on its model state. Errors: `StartupRefused` when there is none."""
     runner = worker.model_runner
-    found = getattr(runner, "steering", None) or getattr(getattr(runner, "model_state", None), "steering", None)
+    found = getattr(getattr(runner, "model_state", runner), "steering", None)
     if found is None:
         raise StartupRefused("a worker runs without steer-vllm: is the plugin allowed by VLLM_PLUGINS?")
     return found  # type: ignore[no-any-return]
@@ -56,4 +56,5 @@ def steer_drop(self: Any, digest: str) -> Answer:
 
 @answered
 def steer_facts(self: Any) -> Answer:
-    return loader.facts(steering_of(self))
+    runner = "v2" if hasattr(self.model_runner, "model_state") else "v1"
+    return {**loader.facts(steering_of(self)), "runner": runner}

@@ -1,0 +1,69 @@
+"""The engine configurations of the tests, and how one is run: a job for `driver.py` in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A way to run vLLM: environment and arguments."""
+
+    name: str
+    env: dict[str, str] = field(default_factory=dict)
+    llm: dict[str, Any] = field(default_factory=dict)
+    runner: str = "v1"
+
+
+_IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+_V2 = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": str(HERE / "interpreter")}
+
+V1_EAGER = Engine("v1-eager", _IN_PROCESS, {"enforce_eager": True})
+V1_COMPILED = Engine("v1-compiled", _IN_PROCESS, {"enforce_eager": False})
+V1_PROCESSES = Engine("v1-processes", {}, {"enforce_eager": True, "async_scheduling": True})
+V2 = Engine("v2", {**_IN_PROCESS, **_V2}, {"enforce_eager": True}, runner="v2")
+
+
+def run(
+    engine: Engine,
+    folder: Path,
+    model: Path,
+    steps: list[dict[str, Any]],
+    *,
+    plain: bool = False,
+    steer: dict[str, Any] | None = None,
+    **llm: Any,
+) -> list[Any]:
+    """Run the steps in a fresh engine; the results in order. plain: vLLM alone, with the plugin kept out."""
+    arguments = {
+        "dtype": "float32",
+        "gpu_memory_utilization": 0.1,
+        "max_model_len": 192,
+        "seed": 0,
+        "max_num_seqs": 64,
+        "async_scheduling": False,
+        **engine.llm,
+        **llm,
+    }
+    job = {"model": str(model), "plain": plain, "llm": arguments, "steer": steer or {}, "steps": steps}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "job.json").write_text(json.dumps(job))
+    env = {**os.environ, **engine.env, **({"VLLM_PLUGINS": ""} if plain else {})}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "driver.py"), str(folder / "job.json"), str(folder / "result.json")],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=420,
+        check=False,
+    )
+    assert done.returncode == 0, f"{engine.name}: exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return json.loads((folder / "result.json").read_text())

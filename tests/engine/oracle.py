@@ -1,0 +1,54 @@
+"""The oracle: transformers with `hf.steered`, fed the tokens that the engine produced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from steer_vllm import Intervention, Positions
+from steer_vllm.hf import steered
+
+TOLERANCE = 1e-4
+"""Of log-probabilities in float32: sums in another order, over a few layers."""
+
+
+def load(model: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+
+def logprobs(
+    model: PreTrainedModel,
+    tokens: list[int],
+    asks: list[dict[str, Any]],
+    interventions: dict[str, Intervention],
+    prompt_len: int,
+) -> torch.Tensor:
+    """[len(tokens), vocabulary]: row i predicts token i + 1, with the request's interventions."""
+    items = [
+        (
+            interventions[ask["name"]],
+            ask.get("scale", interventions[ask["name"]].default_scale),
+            Positions.parse(ask["positions"]) if "positions" in ask else interventions[ask["name"]].positions,
+        )
+        for ask in asks
+    ]
+    with torch.no_grad(), steered(model, *items, prompt_lengths=[prompt_len]):
+        return model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+
+
+def check(
+    model: PreTrainedModel,
+    request: dict[str, Any],
+    result: dict[str, Any],
+    interventions: dict[str, Intervention],
+) -> None:
+    """Same greedy tokens, same log-probabilities."""
+    prompt, made = request["tokens"], result["tokens"]
+    predicted = logprobs(model, prompt + made, request.get("interventions") or [], interventions, len(prompt))
+    predicted = predicted[len(prompt) - 1 : -1]
+    assert predicted.argmax(-1).tolist() == made, request
+    expected = predicted[torch.arange(len(made)), torch.tensor(made)]
+    difference = (expected - torch.tensor(result["logprobs"])).abs().max().item()
+    assert difference < TOLERANCE, (difference, request)
