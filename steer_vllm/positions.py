@@ -16,7 +16,9 @@ OPEN = 2**31 - 1
 """The stop of a span without an end; fits the int32 tables."""
 
 _KINDS = ("all", "prompt", "generated", "response", "first_last")
-_FIRST_LAST = re.compile(r"^f(\d{1,5})\+l(\d{1,5})(/untied)?$")
+_FIRST_LAST = re.compile(r"f(\d{1,5})\+l(\d{1,5})(/untied)?", re.ASCII)
+_MOST = 99_999
+"""Largest first and last: what the text form has room for."""
 
 
 class Span(NamedTuple):
@@ -53,6 +55,8 @@ class Positions:
             raise InvalidIntervention(f"positions: {self.kind!r} takes no first, last or tied", param="positions")
         if self.kind == "first_last" and (self.first < 0 or self.last < 0 or self.first + self.last == 0):
             raise InvalidIntervention("positions: f<first>+l<last> needs at least one token", param="positions")
+        if max(self.first, self.last) > _MOST:
+            raise InvalidIntervention(f"positions: first and last are at most {_MOST}", param="positions")
 
     @classmethod
     def parse(cls, text: str) -> Positions:
@@ -62,7 +66,7 @@ class Positions:
         """
         if not isinstance(text, str):
             raise InvalidIntervention(f"positions: expected text, got {type(text).__name__}", param="positions")
-        match = _FIRST_LAST.match(text)
+        match = _FIRST_LAST.fullmatch(text)
         if match:
             return cls("first_last", int(match[1]), int(match[2]), tied=match[3] is None)
         if text == "first_last":
