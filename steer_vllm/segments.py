@@ -8,6 +8,7 @@ module knows digests, not tensors, and no engine.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -52,9 +53,8 @@ def check_scale(scale: object, limit: float, param: str = "scale") -> float:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise InvalidIntervention(f"{param}: expected a number, got {scale!r}", param=param)
     if not abs(scale) <= limit:  # also catches NaN
-        raise ScaleOutOfRange(
-            f"{param}: {scale!r} is not a finite number between -{limit:g} and {limit:g}", param=param
-        )
+        given = repr(scale) if isinstance(scale, float) else f"a whole number of {scale.bit_length()} bits"
+        raise ScaleOutOfRange(f"{param}: {given} is not a finite number between -{limit:g} and {limit:g}", param=param)
     return float(np.float32(scale))
 
 
@@ -68,11 +68,12 @@ def resolve(components: Iterable[Component], prompt_len: int) -> tuple[Segment, 
     cuts = sorted({edge for _, _, span in spans for edge in (span.start, span.stop)})
     segments: list[Segment] = []
     for start, stop in pairwise(cuts):
-        scales: dict[tuple[str, int], float] = {}
+        scales: dict[tuple[str, int], list[float]] = {}
         for digest, scale, span in spans:
             if span.start <= start < span.stop:
-                scales[digest, span.part] = scales.get((digest, span.part), 0.0) + scale
-        terms = tuple(Term(*key, scales[key]) for key in sorted(scales) if scales[key] != 0.0)
+                scales.setdefault((digest, span.part), []).append(scale)
+        totals = {key: _total(scales[key]) for key in sorted(scales)}
+        terms = tuple(Term(*key, total) for key, total in totals.items() if total != 0.0)
         if not terms:
             continue
         if segments and segments[-1].stop == start and segments[-1].terms == terms:
@@ -80,6 +81,11 @@ def resolve(components: Iterable[Component], prompt_len: int) -> tuple[Segment, 
         else:
             segments.append(Segment(start, stop, terms))
     return tuple(segments)
+
+
+def _total(scales: list[float]) -> float:
+    """Their sum as the tables hold it, the same in whatever order they come."""
+    return float(np.float32(math.fsum(scales)))
 
 
 def block_key(segments: Sequence[Segment], start: int, stop: int) -> bytes | None:
