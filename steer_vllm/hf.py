@@ -51,7 +51,8 @@ def find_layers(model: nn.Module) -> list[LayerModules]:
     decoders = [layers for layers in lists if all(_child(layer, _ATTENTIONS) is not None for layer in layers)]
     if not decoders:
         raise Unsupported(f"no decoder layers were found in {type(model).__name__}")
-    return [_modules(layer, i) for i, layer in enumerate(max(decoders, key=len))]
+    longest = max(decoders, key=len)
+    return [_modules(layer, i) for i, layer in enumerate(longest)]
 
 
 def _modules(layer: nn.Module, index: int) -> LayerModules:

@@ -126,7 +126,7 @@ class AsyncEngine:
             try:
                 step = conversation.send(answer)
             except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
+                return end.value
             if isinstance(step, Wait):
                 await asyncio.sleep(step.seconds)
                 answer = None
@@ -164,7 +164,7 @@ class SyncEngine:
             try:
                 step = conversation.send(answer)
             except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
+                return end.value
             if isinstance(step, Wait):
                 time.sleep(step.seconds)
                 answer = None

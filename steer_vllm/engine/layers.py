@@ -142,7 +142,7 @@ def _replace_forward(module: nn.Module, edit: Callable[[nn.Module, Any], Any]) -
     def forward(*args: Any, **kwargs: Any) -> Any:
         return edit(module, inner(*args, **kwargs))
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
 
 def _edit_output(module: nn.Module, output: Any) -> Any:

@@ -86,7 +86,7 @@ class LLM(VllmLLM):
         if self._catalog.is_unused(digest) and not self._engine.unload(digest):
             raise EngineUnavailable(f"the engine still runs requests with {digest[:12]}")
 
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         prompts: Any,
         sampling_params: Any = None,
@@ -104,7 +104,7 @@ class LLM(VllmLLM):
         run = super().generate
         return self._steered(run, prompts, sampling_params, args, kwargs, interventions, response_start)
 
-    def chat(  # type: ignore[override]
+    def chat(
         self,
         messages: Any,
         sampling_params: Any = None,

@@ -5,7 +5,7 @@ Knows linear layers of vLLM, nothing of interventions.
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ class OutputProjection:
     """W_o of one layer, this rank's columns."""
 
     def __init__(self, module: nn.Module, layer: int) -> None:
-        self.base = getattr(module, "base_layer", module)
+        self.base: Any = getattr(module, "base_layer", module)
         if self.base.tp_size > 1 and not self.base.reduce_results:
             raise StartupRefused(
                 f"layer {layer}: the attention output projection leaves partial sums under tensor parallelism"
@@ -32,15 +32,16 @@ class OutputProjection:
         width = self.base.input_size_per_partition
         rank = self.base.tp_rank if self.base.tp_size > 1 else 0
         mine = heads[rank * width : (rank + 1) * width]
-        weight = getattr(self.base, "weight", None)
+        weight: Any = getattr(self.base, "weight", None)
         if _is_plain(weight, (self.base.output_size, width)):
             return functional.linear(mine.to(weight.device).float(), weight.float())
         dtype = self.base.params_dtype
         device = next(self.base.parameters()).device
-        return self.base.quant_method.apply(self.base, mine.to(device, dtype)[None], None)[0].float()
+        whole: torch.Tensor = self.base.quant_method.apply(self.base, mine.to(device, dtype)[None], None)
+        return whole[0].float()
 
 
-def _is_plain(weight: object, shape: tuple[int, int]) -> TypeGuard[torch.Tensor]:
+def _is_plain(weight: object, shape: tuple[int, int]) -> bool:
     """A matrix of ordinary floating-point numbers: not quantised, not packed for a kernel."""
     return (
         isinstance(weight, torch.Tensor)

@@ -74,7 +74,7 @@ def _patch_prepare(runner: Any) -> None:
                 StepView(
                     request_ids=self.input_batch.req_ids,
                     query_start_loc=self.query_start_loc.gpu,
-                    positions=_tensor(self.positions),
+                    positions=self.positions,
                     tokens=scheduler_output.total_num_scheduled_tokens,
                 )
             )
@@ -82,7 +82,3 @@ def _patch_prepare(runner: Any) -> None:
 
     runner._prepare_inputs = prepare_and_route
 
-
-def _tensor(buffer: Any) -> Any:
-    """The device side of a buffer; 0.32 keeps positions as a plain tensor."""
-    return getattr(buffer, "gpu", buffer)

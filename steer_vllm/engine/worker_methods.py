@@ -31,7 +31,7 @@ def steering_of(worker: Any) -> WorkerSteering:
     found = getattr(getattr(runner, "model_state", runner), "steering", None)
     if found is None:
         raise StartupRefused("a worker runs without steer-vllm: is the plugin allowed by VLLM_PLUGINS?")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 @answered
