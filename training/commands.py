@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.table import Table
 
 from ..errors import UserError
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
     from ..intervention import Intervention
     from .run import Job
 
-app = typer.Typer(no_args_is_help=True, help="Train interventions; heads-compare and head-study look into LoFiT's.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train interventions; heads-compare and head-study look into LoFiT's.",
+)
 
 Model = Annotated[str, typer.Option("--model", help="folder or Hub id of the base model")]
 Data = Annotated[Path, typer.Option("--data", help="examples: .jsonl, TruthfulQA .csv, MQuAKE .jsonl, CLUTRR .json")]
@@ -237,8 +243,8 @@ def _numbers(text: str, flag: str) -> list[int]:
         numbers = [int(part) for part in text.split(",")]
     except ValueError as error:
         raise UserError(f"{flag}: {text!r} is not a list of whole numbers such as 1,2,3") from error
-    if min(numbers) < 0:
-        raise UserError(f"{flag}: {text!r}: numbers from 0 up are needed")
+    if min(numbers) < 1:
+        raise UserError(f"{flag}: {text!r}: numbers from 1 up are needed")
     return numbers
 
 
@@ -246,7 +252,5 @@ def _logging() -> None:
     """Our own notes and warnings on stderr, as plain lines."""
     log = logging.getLogger("steer_vllm")
     if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
+        log.addHandler(RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=False))
     log.setLevel(logging.INFO)

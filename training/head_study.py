@@ -18,7 +18,7 @@ from ..head_set import HeadSet
 from ..intervention import Card
 from .data import read, title
 from .evaluate import Evaluator
-from .lofit import choose, select_heads, tune_offsets
+from .lofit import head_count, select_heads, tune_offsets
 from .run import Job
 from .settings import LoFiTSettings
 
@@ -80,15 +80,16 @@ def study(
 
     Errors: `UserError` as in training, and without held-out data.
     """
-    if job.eval_data is None:
-        raise UserError("--eval-data: held-out examples are needed")
+    if job.eval_data is None or not seeds:
+        raise UserError("--eval-data and --seeds: held-out examples and at least one seed are needed")
     examples, others, held_out = read(job.data, job.task), read(other_data, None), read(job.eval_data, job.task)
     base = job.prepare(settings)
     encoder = base.encoder(settings)
     evaluator = Evaluator(base, encoder)
     data, other = encoder.examples(examples), encoder.examples(others)
     total = base.fingerprint.num_layers * base.fingerprint.num_heads
-    counts = list(counts or [settings.count(total)])
+    asked = [settings.model_copy(update={"num_heads": count}) for count in counts] if counts else [settings]
+    counts = [head_count(base.fingerprint, one) for one in asked]
     unsteered = evaluator.scores(held_out)
     trials: list[Trial] = []
     shared: dict[str, list[float]] = {}
@@ -102,8 +103,7 @@ def study(
         }
         for count in counts:
             for name, head_set in sources.items():
-                heads = choose(head_set, seeded.model_copy(update={"num_heads": count}))
-                offsets, _ = tune_offsets(base, data, seeded, heads)
+                offsets, _ = tune_offsets(base, data, seeded, head_set.top(count))
                 scores = evaluator.scores(held_out, offsets.intervention(Card()))
                 trials.append(Trial(name, count, seed, scores.exact_match, scores.mc1))
                 _log.info("seed %d, %d %s heads: exact match %.1f%%", seed, count, name, 100 * scores.exact_match)

@@ -100,13 +100,13 @@ def find_heads(source: str, base: Fingerprint, seed: int) -> HeadSet:
     return found
 
 
-def choose(head_set: HeadSet, settings: LoFiTSettings) -> tuple[Head, ...]:
-    """The heads that are tuned. Errors: `UserError` for more than the model has."""
-    total = head_set.base.num_layers * head_set.base.num_heads
+def head_count(base: Fingerprint, settings: LoFiTSettings) -> int:
+    """How many heads are tuned. Errors: `UserError` for more than the model has."""
+    total = base.num_layers * base.num_heads
     count = settings.count(total)
     if count > total:
         raise UserError(f"--num-heads: {count}, the model has {total}")
-    return head_set.top(count)
+    return count
 
 
 def _scale(A: torch.Tensor) -> Any:

@@ -29,15 +29,16 @@ class Subspaces(Compiled):
     def __init__(self, method: LoReFT, base: Fingerprint, positions: Positions, seed: int) -> None:
         super().__init__(method, base, positions)
         shape = method.shapes(base)
-        draw = torch.Generator().manual_seed(seed)
         bound = 1 / math.sqrt(base.hidden_size)  # nn.Linear's start values, as in pyreft
-        rotate = torch.empty(shape["rotate"])
-        for R in rotate.flatten(0, 1):
-            nn.init.orthogonal_(R, generator=draw)
-        self.rotate = nn.Parameter(rotate)
-        self.weight = nn.Parameter(torch.empty(shape["weight"]).uniform_(-bound, bound, generator=draw))
-        self.bias = nn.Parameter(torch.empty(shape["bias"]).uniform_(-bound, bound, generator=draw))
-        orthogonal(self, "rotate")
+        rotate, weight, bias = (torch.empty(shape[name]) for name in ("rotate", "weight", "bias"))
+        with torch.random.fork_rng(devices=[]):  # `orthogonal` draws numbers of its own
+            torch.manual_seed(seed)
+            for R in rotate.flatten(0, 1):
+                nn.init.orthogonal_(R)
+            self.rotate = nn.Parameter(rotate)
+            self.weight = nn.Parameter(weight.uniform_(-bound, bound))
+            self.bias = nn.Parameter(bias.uniform_(-bound, bound))
+            orthogonal(self, "rotate")
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"rotate": self.rotate, "weight": self.weight, "bias": self.bias}

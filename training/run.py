@@ -22,7 +22,7 @@ from .card import model_card
 from .data import read, read_pairs
 from .direction import make_direction
 from .evaluate import Evaluator
-from .lofit import choose, find_heads, select_heads, tune_offsets
+from .lofit import find_heads, head_count, select_heads, tune_offsets
 from .loreft import tune_subspaces
 from .plots import plot_heads, plot_norms, row_norms
 from .settings import DirectionSettings, LoFiTSettings, LoReFTSettings, Settings
@@ -70,13 +70,14 @@ def train_lofit(job: Job, settings: LoFiTSettings, head_set: str | None = None) 
     """
     examples = read(job.data, job.task)
     base = job.prepare(settings)
+    count = head_count(base.fingerprint, settings)
     encoded = base.encoder(settings).examples(examples)
     logs: dict[str, Log] = {}
     if head_set is None:
         scores, logs["scaling"] = select_heads(base, encoded, settings, job.title)
     else:
         scores = find_heads(head_set, base.fingerprint, settings.seed)
-    heads = choose(scores, settings)
+    heads = scores.top(count)
     offsets, logs["offsets"] = tune_offsets(base, encoded, settings, heads)
     trained = offsets.intervention(_card(job, base, settings, "LoFiT", head_set=head_set or "step 1"))
     names = [f"{layer}.{head}" for layer, head in heads]
