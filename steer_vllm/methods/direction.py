@@ -34,7 +34,8 @@ class Direction(Method):
 
     def __post_init__(self) -> None:
         check_layers(self.edited_layers)
-        if not isinstance(self.coefficient, (int, float)) or not math.isfinite(self.coefficient):
+        number = isinstance(self.coefficient, (int, float)) and not isinstance(self.coefficient, bool)
+        if not number or not math.isfinite(self.coefficient):
             raise ValueError(f"coefficient must be a finite number, got {self.coefficient!r}")
         object.__setattr__(self, "site", Site(self.site))
         object.__setattr__(self, "coefficient", float(self.coefficient))

@@ -59,7 +59,7 @@ class LoReFT(Method):
     def check(self, tensors: Mapping[str, torch.Tensor], base: Fingerprint, where: str) -> None:
         super().check(tensors, base, where)
         R = tensors["rotate"].float()
-        off = (R @ R.mT - torch.eye(self.rank)).abs().max().item()
+        off = (R @ R.mT - torch.eye(self.rank, device=R.device)).abs().max().item()
         if off > _ORTHONORMAL:
             raise ArtifactInvalid(f"{where}: the rows of rotate are not orthonormal (|R R^T - I| reaches {off:.2g})")
 

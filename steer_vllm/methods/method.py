@@ -23,6 +23,10 @@ Project = Callable[[int, torch.Tensor], torch.Tensor]
 (layer, [num_heads * head_dim]) -> [hidden]."""
 
 
+_STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What tensors are stored in. Smaller formats cannot be added up or checked everywhere."""
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """A frozen config. Subclasses are frozen dataclasses whose fields are the method's settings."""
@@ -67,8 +71,8 @@ class Method(ABC):
             tensor = tensors[name]
             if tuple(tensor.shape) != shape:
                 raise ArtifactInvalid(f"{where}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
-            if not tensor.dtype.is_floating_point:
-                raise ArtifactInvalid(f"{where}: {name} has dtype {tensor.dtype}, expected floating point")
+            if tensor.dtype not in _STORED:
+                raise ArtifactInvalid(f"{where}: {name} has dtype {tensor.dtype}, expected one of {_STORED}")
             if not bool(torch.isfinite(tensor).all()):
                 raise ArtifactInvalid(f"{where}: {name} holds NaN or infinite values")
 
@@ -84,7 +88,7 @@ class Method(ABC):
             raise ArtifactInvalid(f"{where}: {cls.name} takes the settings {sorted(known)}, got {sorted(config)}")
         try:
             return cls(**{name: _frozen(value) for name, value in config.items()})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ArtifactInvalid(f"{where}: {error}") from error
 
 
