@@ -41,12 +41,13 @@ class SteerConfig:
             for name, least in {"additive_rows": 1, "low_rank_rows": 0, "max_rank": 1, "per_request": 1}.items()
             if type(getattr(self, name)) is not int or getattr(self, name) < least
         ]
-        if not isinstance(self.max_scale, (int, float)) or not 0 < self.max_scale <= 1e4:
+        number = isinstance(self.max_scale, (int, float)) and not isinstance(self.max_scale, bool)
+        if not number or not 0 < self.max_scale <= 1e4:
             problems.append(f"max_scale must be above 0 and at most 10000, got {self.max_scale!r}")
         known = {site.value: site for site in Site}
         for name in ("additive_sites", "low_rank_sites"):
             sites = getattr(self, name)
-            if isinstance(sites, (list, tuple)) and all(site in known for site in sites):
+            if isinstance(sites, (list, tuple)) and all(isinstance(site, str) and site in known for site in sites):
                 object.__setattr__(self, name, tuple(sorted({known[site] for site in sites})))
             else:
                 problems.append(f"{name} must be a list of {list(known)}, got {sites!r}")
