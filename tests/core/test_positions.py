@@ -66,7 +66,8 @@ def test_only_all_does_not_need_the_prompts_end() -> None:
     "text",
     [
         "", "ALL", "all ", "none", "first_last", "f7", "l7", "f7+l", "f-1+l1", "f1.5+l1", "f7+l7/tied", "f0+l0",
-        "f0+l0/untied", "f7+l7\n", "all\n", "f\uff17+l7", "f\u0667+l7", "f123456+l1", " f7+l7", "f7 + l7", "f7+l7/untied\n",
+        "f0+l0/untied", "f7+l7\n",
+        "all\n", "f\uff17+l7", "f\u0667+l7", "f123456+l1", " f7+l7", "f7 + l7", "f7+l7/untied\n",
     ],
 )  # fmt: skip
 def test_other_text_is_refused(text: str) -> None:

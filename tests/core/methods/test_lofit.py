@@ -38,7 +38,7 @@ def edited_heads(model: Any, item: Intervention) -> Iterator[None]:
 
 @torch.no_grad()
 def test_equals_editing_the_heads(model: Any) -> None:
-    """Invariant: the compiled form is exact, biased projection and hidden size other than heads x head size included."""
+    """Invariant: the compiled form is exact, with a bias and hidden size other than heads x size."""
     item = lofit(((0, 0), (0, 3), (1, 2), (2, 1)))
     ids = torch.randint(1, BASE.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
     base = model(ids).logits

@@ -79,7 +79,7 @@ def test_edit_stays_in_the_subspace() -> None:
 
 
 @pytest.mark.parametrize("error", ["scaled", "parallel", "nearly", "zero"])
-def test_rows_of_R_must_be_orthonormal(error: str) -> None:
+def test_rows_of_r_must_be_orthonormal(error: str) -> None:
     item = loreft()
     R = item.tensors["rotate"].clone()
     if error == "scaled":
