@@ -15,9 +15,8 @@ from .. import request
 from ..catalog import Entry
 from ..config import SteerConfig
 from ..errors import ModelNotFound
-from ..plan import NOMINAL_PROMPT, contents, needs
+from ..plan import nominal_contents
 from ..request import Ask, Steering
-from ..segments import resolve
 from . import body as bodies
 from .gate import Gate, Rows, Ticket
 from .keys import Keys
@@ -118,8 +117,7 @@ class Front:
 
     def _rows(self, steering: Steering, entries: dict[str, Entry]) -> Rows:
         summaries = {entry.digest: entry.summary for entry in entries.values()}
-        segments = resolve(steering.components, NOMINAL_PROMPT)
-        additive, low_rank = contents(needs(segments, summaries, self._config, self._largest))
+        additive, low_rank = nominal_contents(steering.components, summaries, self._config, self._largest)
         return Rows(frozenset(additive), frozenset(low_rank))
 
 

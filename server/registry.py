@@ -107,9 +107,7 @@ class Registry:
     def _read(self, folder: Path) -> Intervention:
         """Read and check an artifact against the model and the tables. Errors: `ArtifactInvalid`."""
         intervention = Intervention.load(folder)
-        difference = intervention.base.difference(self._base)
-        if difference:
-            raise ArtifactInvalid(f"{folder}: made for another base model: {difference}")
+        intervention.check_base(self._base, str(folder))
         if abs(intervention.default_scale) > self._config.max_scale:
             raise ArtifactInvalid(
                 f"{folder}: default_scale {intervention.default_scale:g}, the server allows {self._config.max_scale:g}"

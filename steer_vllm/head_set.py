@@ -63,7 +63,7 @@ class HeadSet:
         return tuple(sorted(self.ranking[:count]))
 
     def overlap(self, other: HeadSet, count: int) -> float:
-        """Share of the top `count` heads that both have in common, 0 to 1. Errors: `ArtifactInvalid` if bases differ."""
+        """Share of the top `count` heads that both have, 0 to 1. Errors: `ArtifactInvalid` for different bases."""
         difference = self.base.difference(other.base)
         if difference:
             raise ArtifactInvalid(f"head sets of different base models: {difference}")
@@ -98,7 +98,7 @@ class HeadSet:
                 method=str(content["method"]),
                 scores=tuple(tuple(row) for row in content["scores"]),
             )
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise ArtifactInvalid(f"{file}: scores must be rows of numbers") from error
         if [list(head) for head in head_set.ranking] != content["ranking"]:
             raise ArtifactInvalid(f"{file}: the ranking does not follow from the scores")

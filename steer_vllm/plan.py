@@ -15,7 +15,7 @@ from typing import NamedTuple
 from .config import SteerConfig
 from .errors import ScaleOutOfRange, TooManyInterventions
 from .rows import Content
-from .segments import Segment, Term
+from .segments import Component, Segment, Term, resolve
 
 
 class PartSummary(NamedTuple):
@@ -102,11 +102,22 @@ def _need(terms: tuple[Term, ...], summaries: Mapping[str, Summary], config: Ste
     )
 
 
-NOMINAL_PROMPT = 1 << 20
-"""A prompt length at which all positions of a request are distinct, for fronts that do not know the real one."""
-
-
 def contents(needed: Iterable[Need]) -> tuple[set[Content], set[Content]]:
     """The distinct row contents of a request: additive, low-rank."""
     needed = tuple(needed)
     return {n.additive for n in needed if n.additive}, {n.low_rank for n in needed if n.low_rank}
+
+
+NOMINAL_PROMPT = 1 << 20
+"""A prompt length at which all positions of a request are distinct."""
+
+
+def nominal_contents(
+    components: Iterable[Component], summaries: Mapping[str, Summary], config: SteerConfig, largest: float
+) -> tuple[set[Content], set[Content]]:
+    """The row contents of a request whose prompt length the front does not know: additive, low-rank.
+
+    Very short prompts can need others (the first and the last tokens meet); the spare rows are for them.
+    Errors: those of `needs`.
+    """
+    return contents(needs(resolve(components, NOMINAL_PROMPT), summaries, config, largest))

@@ -12,17 +12,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm import LLM as VllmLLM
+import vllm
 from vllm import SamplingParams
 
 from ..catalog import Catalog, Entry, check_name
 from ..config import SteerConfig
 from ..errors import EngineUnavailable, InvalidIntervention, NoRows, StartupRefused, Unsupported
 from ..intervention import Intervention
-from ..plan import NOMINAL_PROMPT, contents, needs
+from ..plan import nominal_contents
 from ..request import EXTRA_ARG, Steering, bind, parse
 from ..rows import Content
-from ..segments import resolve
 from . import plugin
 from .client import SyncEngine
 from .settings import KEY, entry
@@ -30,10 +29,13 @@ from .settings import KEY, entry
 Asked = Sequence[Mapping[str, Any]] | None
 """What one prompt asks for: [{"name": ..., "scale": ..., "positions": ...}, ...]; None or empty: the base model."""
 
+_PER_PROMPT = ("lora_request", "priority")
+"""Arguments of vLLM's that may be lists with one entry per prompt."""
+
 __all__ = ["LLM", "SamplingParams"]
 
 
-class LLM(VllmLLM):
+class LLM(vllm.LLM):
     """vLLM's `LLM` that can apply interventions.
 
     steer: limits, a `SteerConfig` or its dict. All other arguments are vLLM's.
@@ -86,11 +88,11 @@ class LLM(VllmLLM):
         if self._catalog.is_unused(digest) and not self._engine.unload(digest):
             raise EngineUnavailable(f"the engine still runs requests with {digest[:12]}")
 
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         prompts: Any,
         sampling_params: Any = None,
-        *args: Any,
+        *,
         interventions: Asked | Sequence[Asked] = None,
         response_start: int | None = None,
         **kwargs: Any,
@@ -101,22 +103,24 @@ class LLM(VllmLLM):
         table rows than there are run in several waves.
         Errors: those of `request.bind` and `plan.needs`, before anything runs.
         """
-        run = super().generate
-        return self._steered(run, prompts, sampling_params, args, kwargs, interventions, response_start)
+        many = prompts if isinstance(prompts, (list, tuple)) and not _is_tokens(prompts) else [prompts]
+        return self._steered(super().generate, many, sampling_params, kwargs, interventions, response_start)
 
-    def chat(
+    def chat(  # type: ignore[override]
         self,
         messages: Any,
         sampling_params: Any = None,
-        *args: Any,
+        use_tqdm: Any = True,
+        lora_request: Any = None,
+        *,
         interventions: Asked | Sequence[Asked] = None,
         response_start: int | None = None,
         **kwargs: Any,
     ) -> list[Any]:
         """vLLM's `chat`, with interventions as in `generate`, one entry per conversation."""
-        conversations = messages if messages and isinstance(messages[0], (list, tuple)) else [messages]
-        run = super().chat
-        return self._steered(run, conversations, sampling_params, args, kwargs, interventions, response_start)
+        many = messages if messages and isinstance(messages[0], (list, tuple)) else [messages]
+        kwargs = {"use_tqdm": use_tqdm, "lora_request": lora_request, **kwargs}
+        return self._steered(super().chat, many, sampling_params, kwargs, interventions, response_start)
 
     def beam_search(self, *args: Any, interventions: Asked = None, **kwargs: Any) -> Any:
         """vLLM's `beam_search`, which cannot carry interventions. Errors: `Unsupported` when some are asked for."""
@@ -127,16 +131,14 @@ class LLM(VllmLLM):
     def _steered(
         self,
         run: Callable[..., list[Any]],
-        prompts: Any,
+        prompts: Sequence[Any],
         sampling_params: Any,
-        args: tuple[Any, ...],
         kwargs: dict[str, Any],
         interventions: Asked | Sequence[Asked],
         response_start: int | None,
     ) -> list[Any]:
         if not interventions:
-            return run(prompts, sampling_params, *args, **kwargs)
-        prompts = list(prompts) if isinstance(prompts, (list, tuple)) and not _is_tokens(prompts) else [prompts]
+            return run(prompts, sampling_params, **kwargs)
         asked = _per_prompt(interventions, len(prompts))
         params = _params(sampling_params, len(prompts), self.get_default_sampling_params)
         steerings = [
@@ -152,19 +154,18 @@ class LLM(VllmLLM):
         steered = [_with(param, steering) for param, steering in zip(params, steerings, strict=True)]
         outputs: list[Any] = []
         for wave in self._waves(steerings):
-            outputs += self._run(run, prompts[wave], steered[wave], args, kwargs)
+            per_prompt = {key: kwargs[key][wave] for key in _PER_PROMPT if isinstance(kwargs.get(key), (list, tuple))}
+            outputs += self._run(run, prompts[wave], steered[wave], {**kwargs, **per_prompt})
         return outputs
 
-    def _run(
-        self, run: Callable[..., list[Any]], prompts: Any, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> list[Any]:
+    def _run(self, run: Callable[..., list[Any]], prompts: Any, params: Any, kwargs: dict[str, Any]) -> list[Any]:
         """One call of vLLM; what goes wrong in the engine becomes an error and leaves no request behind.
 
         An engine in another process answers a request it refused with finish reason "error"; one in this process raises
         and would keep the other requests of the call.
         """
         try:
-            outputs = run(prompts, params, *args, **kwargs)
+            outputs = run(prompts, params, **kwargs)
         except Exception:
             left = list(self.llm_engine.output_processor.request_states)
             self.llm_engine.abort_request(left, internal=True)
@@ -175,7 +176,7 @@ class LLM(VllmLLM):
         return outputs
 
     def _waves(self, steerings: Sequence[Steering | None]) -> Iterator[slice]:
-        """Consecutive prompts whose distinct edits fit the tables together. Errors: `NoRows` for one that never fits."""
+        """Consecutive prompts whose edits fit the tables together. Errors: `NoRows` for one that never does."""
         config = self._facts.config
         additive: set[Content] = set()
         low_rank: set[Content] = set()
@@ -194,8 +195,7 @@ class LLM(VllmLLM):
         if steering is None:
             return set(), set()
         summaries = {entry.digest: entry.summary for entry in self._catalog}
-        segments = resolve(steering.components, NOMINAL_PROMPT)
-        return contents(needs(segments, summaries, self._facts.config, self._facts.largest))
+        return nominal_contents(steering.components, summaries, self._facts.config, self._facts.largest)
 
 
 def _per_prompt(interventions: Asked | Sequence[Asked], count: int) -> list[Asked]:

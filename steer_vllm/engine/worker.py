@@ -26,8 +26,8 @@ from .settings import base_fingerprint, steer_config
 class StepView:
     """A step's batch.
 
-    request_ids: one per batch row. query_start_loc: int [rows + 1 or more], on the device, where each row's tokens start
-    and the last ends. positions: int [tokens or more], absolute. tokens: how many there are, at most.
+    request_ids: one per batch row. query_start_loc: int [rows + 1 or more], on the device, where each row's tokens
+    start and the last ends. positions: int [tokens or more], absolute. tokens: how many there are, at most.
     """
 
     request_ids: Sequence[str]
