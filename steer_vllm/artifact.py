@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,15 @@ _FIELDS = {
 
 
 def save(intervention: Intervention, folder: str | Path) -> None:
-    """Validate and write. The config goes last and each file appears whole, so a reader sees an old or a new artifact.
+    """Validate and write. Each file appears whole and the config, which names the content, goes last: a reader sees an
+    old artifact, a new one, or files that do not belong together, which `load` refuses.
 
-    Errors: `ArtifactInvalid` for content that could not be served.
+    Errors: `ArtifactInvalid` for content that could not be served, `TypeError` for a card that is not JSON; nothing is
+    written then.
     """
     root = Path(folder)
     intervention.check(str(root))
-    root.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in intervention.tensors.items()}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in intervention.tensors.items()}
     card = intervention.card
     config = {
         "format_version": FORMAT_VERSION,
@@ -60,8 +62,10 @@ def save(intervention: Intervention, folder: str | Path) -> None:
         "metrics": dict(card.metrics),
         "sha256": intervention.digest,
     }
-    write_whole(root / TENSORS, safetensors.torch.save(tensors))
-    write_whole(root / CONFIG, json.dumps(config, indent=2).encode())
+    contents = {TENSORS: safetensors.torch.save(tensors), CONFIG: json.dumps(config, indent=2).encode()}
+    root.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_whole(root / name, content)
 
 
 def load(folder: str | Path) -> Intervention:
@@ -72,15 +76,17 @@ def load(folder: str | Path) -> Intervention:
     if set(config) != _FIELDS:
         missing, extra = sorted(_FIELDS - set(config)), sorted(set(config) - _FIELDS)
         raise ArtifactInvalid(f"{where}: fields missing: {missing or 'none'}, unknown: {extra or 'none'}")
-    if config["format_version"] != FORMAT_VERSION:
+    if type(config["format_version"]) is not int or config["format_version"] != FORMAT_VERSION:
         raise ArtifactInvalid(
             f"{where}: format_version {config['format_version']!r}, this build reads {FORMAT_VERSION}"
         )
     for name, kind in {"base_model": str, "description": str, "training": dict, "metrics": dict, "sha256": str}.items():
         if not isinstance(config[name], kind):
             raise ArtifactInvalid(f"{where}: {name} must be of type {kind.__name__}")
-    if not isinstance(config["default_scale"], (int, float)):
-        raise ArtifactInvalid(f"{where}: default_scale {config['default_scale']!r} is not a number")
+    if not isinstance(config["prompt_format"], (str, type(None))):
+        raise ArtifactInvalid(f"{where}: prompt_format must be of type str or null")
+    if type(config["default_scale"]) not in (int, float) or abs(config["default_scale"]) > sys.float_info.max:
+        raise ArtifactInvalid(f"{where}: default_scale {config['default_scale']!r} is not a finite number")
     try:
         positions = Positions.parse(config["positions"])
     except InvalidIntervention as error:
@@ -128,12 +134,14 @@ def write_whole(path: Path, content: bytes) -> None:
 def _read(path: Path, limit: int) -> bytes:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise ArtifactInvalid(f"{path}: {error.strerror or error} (a regular file is needed, no symlink)") from error
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise ArtifactInvalid(f"{path}: {reason} (a regular file is needed, no symlink)") from error
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise ArtifactInvalid(f"{path}: not a regular file")
     with os.fdopen(handle, "rb") as stream:
-        status = os.fstat(stream.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ArtifactInvalid(f"{path}: not a regular file")
         if status.st_size > limit:
             raise ArtifactInvalid(f"{path}: {status.st_size} bytes, at most {limit} are read")
         return stream.read(limit)
