@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .errors import ArtifactInvalid
 
@@ -44,13 +44,15 @@ class Fingerprint:
         """The fingerprint of a checkpoint folder in Hugging Face layout.
 
         weights=False leaves the weight digest out, for an engine that was started on random weights.
-        Errors: `ArtifactInvalid` when config.json is missing or names no shapes.
+        Errors: `ArtifactInvalid` when config.json is missing or names no shapes, or a weight file is damaged.
         """
         root = Path(folder)
         try:
             config = json.loads((root / "config.json").read_text())
         except (OSError, ValueError) as error:
             raise ArtifactInvalid(f"{root / 'config.json'}: cannot be read as a model config: {error}") from error
+        if not isinstance(config, dict):
+            raise ArtifactInvalid(f"{root / 'config.json'}: expected a JSON object, got {type(config).__name__}")
         config = {**config, **(config.get("text_config") or {})}
         shapes = {name: _first(config, keys, root) for name, keys in _SHAPES.items()}
         head_dim = config.get("head_dim") or shapes["hidden_size"] // shapes["num_heads"]
@@ -87,10 +89,9 @@ def _first(config: dict[str, Any], keys: tuple[str, ...], root: Path) -> int:
 
 def _weights_digest(root: Path) -> str | None:
     """SHA-256 over the names, shapes and middle values of every matrix, in the order of names, whatever the shards."""
-    where = {}
+    where: dict[str, Path] = {}
     for file in sorted(root.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            where.update(dict.fromkeys(tensors.keys(), file))
+        where.update(dict.fromkeys(_names(file), file))
     if not where:
         return _pickled_digest(root)
     digest = hashlib.sha256()
@@ -104,6 +105,14 @@ def _weights_digest(root: Path) -> str | None:
         digest.update(f"{name}{shape}{row.dtype}".encode())
         digest.update(row.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        raise ArtifactInvalid(f"{file}: damaged safetensors file: {error}") from error
 
 
 def _pickled_digest(root: Path) -> str | None:

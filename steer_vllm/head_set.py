@@ -63,7 +63,7 @@ class HeadSet:
         return tuple(sorted(self.ranking[:count]))
 
     def overlap(self, other: HeadSet, count: int) -> float:
-        """Share of the top `count` heads that both have, 0 to 1. Errors: `ArtifactInvalid` for different bases."""
+        """Share of the top `count` heads that both have, 0 to 1. Errors: `ArtifactInvalid` for another base."""
         difference = self.base.difference(other.base)
         if difference:
             raise ArtifactInvalid(f"head sets of different base models: {difference}")
