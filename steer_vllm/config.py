@@ -13,7 +13,6 @@ from typing import Any
 from .edit import Site
 from .errors import StartupRefused
 
-
 SPARE_ROWS = 8
 """Rows beyond what the front hands out, for requests whose release is still on its way to the engine."""
 
