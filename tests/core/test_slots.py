@@ -142,7 +142,7 @@ def test_token_slots_behind_the_tokens_are_the_identity() -> None:
     assert slots.low_rank.tolist() == [0, 9, 0, 0, 0, 0]
     assert slots.scales.tolist() == [0.5, 2, 0, 0, 0, 0]
     slots.clear()
-    assert not (slots.additive.any() or slots.low_rank.any() or slots.scales.any())
+    assert not any(into.any() for into in (slots.additive, slots.low_rank, slots.scales))
     slots.clear()
 
 

@@ -66,7 +66,7 @@ class TestEvery:
         config = EVERY[name]().method.to_config()
         for key in config:
             if (key, value) not in allowed or (key == "rank" and value is True):
-                with pytest.raises(ArtifactInvalid, match="^here"):
+                with pytest.raises(ArtifactInvalid, match=r"^here"):
                     method_from_config(name, {**config, key: value}, "here")
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
