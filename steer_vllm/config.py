@@ -13,6 +13,9 @@ from typing import Any
 from .edit import Site
 from .errors import StartupRefused
 
+MAX_SCALE = 1e4
+"""What no configuration may exceed: sums of scaled edits stay far from float32's limits."""
+
 SPARE_ROWS = 8
 """Rows beyond what the front hands out, for requests whose release is still on its way to the engine."""
 
@@ -41,7 +44,7 @@ class SteerConfig:
             if type(getattr(self, name)) is not int or getattr(self, name) < least
         ]
         number = isinstance(self.max_scale, (int, float)) and not isinstance(self.max_scale, bool)
-        if not number or not 0 < self.max_scale <= 1e4:
+        if not number or not 0 < self.max_scale <= MAX_SCALE:
             problems.append(f"max_scale must be above 0 and at most 10000, got {self.max_scale!r}")
         known = {site.value: site for site in Site}
         for name in ("additive_sites", "low_rank_sites"):

@@ -16,21 +16,22 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .config import SteerConfig
+from .config import MAX_SCALE, SteerConfig
 from .edit import Edits, LowRank, Place, Site
-from .errors import Unsupported
+from .errors import InvalidIntervention, Unsupported
 from .intervention import Intervention
 from .ops import reference
 from .packed import Layout, pack, unpack
 from .plan import Fill, Placement, Summary, needs
 from .positions import Positions
 from .rows import Content
-from .segments import Component, Segment, resolve
+from .segments import Component, Segment, check_scale, resolve
 from .slots import gather
 
-_EVERYTHING = SteerConfig(1, 1, 1 << 16, tuple(Site), tuple(Site), per_request=1 << 10, max_scale=1e4)
+_EVERYTHING = SteerConfig(1, 1, 1 << 16, tuple(Site), tuple(Site), per_request=1 << 10, max_scale=MAX_SCALE)
 """No limits but those of the numbers: this is not a shared engine."""
 
+_PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "proj")
 _ATTENTIONS = ("self_attn", "self_attention", "attention", "attn")
 _MLPS = ("mlp", "block_sparse_moe", "feed_forward", "moe")
@@ -74,20 +75,30 @@ class Steering:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = find_layers(model)
+        for index in range(len(self.layers)):
+            self._projection(index)
         self._additive: dict[Place, torch.Tensor] = {}
         self._low_rank: dict[Place, LowRank] = {}
         self._tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @property
     def weight(self) -> torch.Tensor:
-        """An output projection's weight: tells the model's dtype and device."""
-        return self.layers[0].projection.weight  # type: ignore[return-value]
+        """An output projection's weight, [hidden, ...]: tells the model's dtype and device."""
+        return self._projection(0)
 
     def project(self, layer: int, heads: torch.Tensor) -> torch.Tensor:
         """W_o z without bias, in float32 at least: [num_heads * head_dim] -> [hidden]."""
-        weight: torch.Tensor = self.layers[layer].projection.weight  # type: ignore[assignment]
+        weight = self._projection(layer)
         exact = torch.promote_types(weight.dtype, torch.float32)
         return functional.linear(heads.to(weight.device, exact), weight.to(exact))
+
+    def _projection(self, layer: int) -> torch.Tensor:
+        """W_o of a layer: [hidden, num_heads * head_dim]. Errors: `Unsupported` when it is quantised or packed."""
+        module = self.layers[layer].projection
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.dtype not in _PLAIN or weight.dim() != 2:
+            raise Unsupported(f"layer {layer}: the weight of {type(module).__name__} is no plain matrix")
+        return weight.T if type(module).__name__ == "Conv1D" else weight  # transformers' Conv1D keeps [in, out]
 
     def set_rows(self, rows: Sequence[Edits]) -> None:
         """Let row i + 1 of the tables be `rows[i]`, row 0 the identity. Gradients flow into the edits."""
@@ -194,12 +205,14 @@ def steered(
     Each is an `Intervention` (its own positions, and its default scale unless `scale` is given) or an (intervention,
     scale, positions) triple. A sequence's prompt is what its first forward holds, unless `prompt_lengths` (tokens
     without padding, one per sequence) says otherwise: text that is scored contains its answer.
-    Errors: those of `plan.needs` when the composition cannot be served.
+    Errors: those of `plan.needs` when the composition cannot be served, `ScaleOutOfRange`, `InvalidIntervention` for
+    prompt lengths that the sequences do not have, `Unsupported` for a model or mask that is not understood.
     """
     asked = [item if isinstance(item, tuple) else _ask(item, scale) for item in interventions]
     steering = Steering(model)
     rows = _Rows(steering, [item for item, _, _ in asked])
-    components = [Component(item.digest, by, positions) for item, by, positions in asked]
+    limit = _EVERYTHING.max_scale
+    components = [Component(item.digest, check_scale(by, limit), positions) for item, by, positions in asked]
     placements: list[tuple[Placement, ...]] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -210,10 +223,13 @@ def steered(
         mask = kwargs.get("attention_mask")
         if mask is None:
             mask = torch.ones(tokens.shape[0], seen + tokens.shape[1], dtype=torch.long, device=tokens.device)
-        if mask.dim() != 2:
-            raise Unsupported(f"steered: attention_mask has {mask.dim()} dimensions, [batch, tokens] is needed")
+        if mask.dim() != 2 or mask.shape[1] != seen + tokens.shape[1]:
+            raise Unsupported(
+                f"steered: attention_mask has the shape {tuple(mask.shape)}, [batch, all {seen + tokens.shape[1]} "
+                "tokens so far] is needed"
+            )
         if seen == 0:
-            lengths = mask.sum(1).tolist() if prompt_lengths is None else prompt_lengths
+            lengths = _lengths(mask, prompt_lengths)
             placements[:] = [rows.place(resolve(components, length)) for length in lengths]
             steering.set_rows(rows.edits())
         steering.route(mask, tokens.shape[1], placements)
@@ -224,6 +240,15 @@ def steered(
             yield model
     finally:
         handle.remove()
+
+
+def _lengths(mask: torch.Tensor, given: Sequence[int] | None) -> Sequence[int]:
+    """Prompt length of each sequence. Errors: `InvalidIntervention` for lengths that the sequences do not have."""
+    tokens: list[int] = mask.sum(1).tolist()
+    lengths = tokens if given is None else given
+    if len(lengths) != len(tokens) or not all(1 <= n <= most for n, most in zip(lengths, tokens, strict=True)):
+        raise InvalidIntervention(f"prompt_lengths: {lengths} do not lie within sequences of {tokens} tokens")
+    return lengths
 
 
 def _ask(item: Intervention, scale: float | None) -> Steer:
