@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .catalog import Entry
-from .config import SteerConfig
+from .config import MAX_SCALE, SteerConfig
 from .errors import InvalidIntervention, TooManyInterventions, Unsupported
 from .positions import Positions
 from .segments import Component, check_scale
@@ -47,14 +47,27 @@ class Steering:
 
     @classmethod
     def from_wire(cls, text: object) -> Steering:
-        """Read it back in the engine. Errors: `InvalidIntervention` for anything `to_wire` does not write."""
+        """Read it back in the engine.
+
+        Errors: `InvalidIntervention` or `ScaleOutOfRange` for anything `to_wire` does not write.
+        """
         try:
             content = json.loads(text)  # type: ignore[arg-type]
-            rows, response_start = content["components"], content["response_start"]
-            components = tuple(Component(str(d), float(s), Positions.parse(p)) for d, s, p in rows)
-        except (TypeError, ValueError, KeyError, RecursionError) as error:
+            if set(content) != {"components", "response_start"}:
+                raise ValueError("other fields")
+            components = tuple(
+                Component(_digest(digest), check_scale(scale, MAX_SCALE), Positions.parse(positions))
+                for digest, scale, positions in content["components"]
+            )
+        except (TypeError, ValueError, RecursionError) as error:
             raise InvalidIntervention(f"{EXTRA_ARG}: not written by steer-vllm: {error}", param=EXTRA_ARG) from error
-        return cls(components, check_response_start(response_start))
+        return cls(components, check_response_start(content["response_start"]))
+
+
+def _digest(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    raise TypeError(f"{value!r} is no digest")
 
 
 def parse(value: Any, param: str = "interventions") -> tuple[Ask, ...]:
