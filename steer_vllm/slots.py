@@ -106,21 +106,23 @@ class TokenSlots:
         self.additive = torch.zeros(tokens, dtype=torch.int32, device=device)
         self.low_rank = torch.zeros(tokens, dtype=torch.int32, device=device)
         self.scales = torch.zeros(tokens, dtype=torch.float32, device=device)
-        self._clear = True
+        self._used = 0  # everything from here on is zero
 
     def set(self, additive: torch.Tensor, low_rank: torch.Tensor, scales: torch.Tensor) -> None:
         """Take the step's tokens; everything behind them is padding and gets the identity."""
+        count = len(additive)
         for into, values in ((self.additive, additive), (self.low_rank, low_rank), (self.scales, scales)):
-            into[: len(values)].copy_(values)
-            into[len(values) :].zero_()
-        self._clear = False
+            into[:count].copy_(values)
+            if count < self._used:
+                into[count : self._used].zero_()
+        self._used = count
 
     def clear(self) -> None:
         """No token is edited. Free when that is so already."""
-        if not self._clear:
+        if self._used:
             for into in (self.additive, self.low_rank, self.scales):
-                into.zero_()
-            self._clear = True
+                into[: self._used].zero_()
+            self._used = 0
 
 
 class RequestSlots:
