@@ -128,6 +128,14 @@ def test_training_lowers_the_loss_reproducibly_and_leaves_the_model(
     assert all(torch.equal(value, before[name]) for name, value in base.model.state_dict().items())
 
 
+def test_the_seed_decides_the_order_of_the_data(base: Base, ragged: list[Encoded]) -> None:
+    first_losses = set()
+    for seed in range(5):
+        settings = LoReFTSettings(max_steps=1, batch_size=1, seed=seed)
+        first_losses.add(fit(make("offsets", base), base, ragged, settings, 1e-2)[0]["loss"])
+    assert len(first_losses) > 1  # from the same start values
+
+
 def test_linear_decay_without_warm_up(base: Base, ragged: list[Encoded]) -> None:
     log = fit(make("offsets", base), base, ragged, LoReFTSettings(max_steps=4, logging_steps=1, clip=0.5), 0.4)
     rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
