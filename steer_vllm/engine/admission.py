@@ -40,7 +40,7 @@ class Admission:
         """Pin what the request needs and say where it is.
 
         Errors: `ArtifactInvalid` for content that is not loaded, `NoRows`, `InvalidIntervention` for a response_start
-        behind the prompt, and those of `plan.needs`. Nothing is pinned then.
+        behind the prompt or positions that need other edits, and those of `plan.needs`. Nothing is pinned then.
         """
         start = steering.response_start
         if start is not None and start > prompt_len:
@@ -50,6 +50,10 @@ class Admission:
             for digest in sorted(digests):
                 if digest not in self._loaded or digest in self._closing:
                     raise ArtifactInvalid(f"the engine does not hold the intervention {digest[:12]}")
+            for component in steering.components:
+                parts, at = len(self._loaded[component.digest].parts), component.positions
+                if at.parts != parts:
+                    raise InvalidIntervention(f"{component.digest[:12]} has {parts} edits, positions {at} {at.parts}")
             segments = resolve(steering.components, prompt_len if start is None else start)
             needed = needs(segments, self._loaded, self.config, self._largest)
             additive, low_rank = contents(needed)
