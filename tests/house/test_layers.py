@@ -14,7 +14,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"steer_vllm": "steer_vllm", "steer_vllm.training": "training", "steer_vllm.server": "server"}
-OUTER = ("steer_vllm.training", "steer_vllm.server", "steer_vllm.engine", "steer_vllm.demo", "steer_vllm.cli")
+OUTER = (
+    "steer_vllm.training",
+    "steer_vllm.server",
+    "steer_vllm.engine",
+    "steer_vllm.demo",
+    "steer_vllm.bench",
+    "steer_vllm.cli",
+)
 CORE_NEEDS = {"torch", "safetensors", "numpy", "typing_extensions", "steer_vllm"} | set(sys.stdlib_module_names)
 MAX_LINES = 300
 LONGER: dict[str, str] = {}  # path: why it may be longer than MAX_LINES

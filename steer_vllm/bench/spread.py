@@ -1,0 +1,51 @@
+"""Medians, their spread, and how sure a ratio is.
+
+Rounds are paired: in each, every mode ran once on the same machine in the same minute, so a ratio is taken within a
+round and what the machine did between rounds cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
+
+    median: float
+    q1: float
+    q3: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        q1, median, q3 = (float(value) for value in np.quantile(values, [0.25, 0.5, 0.75]))
+        return cls(median, q1, q3)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The median over rounds of mode / plain, its quartiles, and the 95% bootstrap interval of that median."""
+
+    median: float
+    q1: float
+    q3: float
+    low: float
+    high: float
+
+    @classmethod
+    def paired(cls, mode: Sequence[float], plain: Sequence[float], seed: int = 0) -> Ratio:
+        """mode, plain: one value per round, in the order of rounds.
+
+        Percentile bootstrap over rounds (Efron 1979), 10,000 resamples. Errors: `ValueError` for unequal lengths.
+        """
+        ratios = np.array([a / b for a, b in zip(mode, plain, strict=True)])
+        drawn = np.random.default_rng(seed).integers(len(ratios), size=(_RESAMPLES, len(ratios)))
+        low, high = np.quantile(np.median(ratios[drawn], axis=1), [0.025, 0.975])
+        spread = Spread.of(ratios)
+        return cls(spread.median, spread.q1, spread.q3, float(low), float(high))

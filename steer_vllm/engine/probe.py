@@ -1,0 +1,109 @@
+"""An engine in a process of its own, which runs batches and says when each decode step of them ended.
+
+Run as `python -m steer_vllm.engine.probe FD`, FD being one end of a socket on which requests and answers are lines of
+JSON. It measures and compares nothing; whether the plugin is in it is said by the caller (and by VLLM_PLUGINS).
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+class Probe:
+    """One engine. Times are of the engine core's clock, which is the machine's monotonic one."""
+
+    def __init__(self, *, steered: bool, **arguments: Any) -> None:
+        import vllm
+        from vllm.platforms import current_platform
+
+        from .llm import LLM
+
+        self._llm = LLM(**arguments) if steered else vllm.LLM(**arguments)
+        core: Any = self._llm.llm_engine.engine_core
+        self._steps: list[tuple[float, list[str]]] = []
+        core.get_output = self._noting(core.get_output)
+        self.facts = {
+            "vllm": vllm.__version__,
+            "device": current_platform.get_device_name(),
+            "compiled": not self._llm.llm_engine.vllm_config.model_config.enforce_eager,
+            "dtype": str(self._llm.llm_engine.vllm_config.model_config.dtype).removeprefix("torch."),
+        }
+
+    def load(self, folders: dict[str, str]) -> dict[str, Any]:
+        """Load artifact folders by name."""
+        for name, folder in folders.items():
+            self._llm.load_intervention(name, folder)
+        return {}
+
+    def run(self, prompts: list[list[int]], tokens: int, interventions: list[Any] | None) -> dict[str, Any]:
+        """Generate exactly `tokens` for each prompt, greedily.
+
+        decode: when each step ended in which every request decoded, after the one that brought the last first token.
+        first_tokens: seconds until then. tokens: what was generated, per prompt.
+        """
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        asked = {} if interventions is None else {"interventions": interventions}
+        self._steps.clear()
+        began = time.monotonic()
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": ids} for ids in prompts],
+            params,
+            use_tqdm=False,
+            **asked,  # type: ignore[arg-type]
+        )
+        seen: set[str] = set()
+        decode: list[float] = []
+        for ended, ids in self._steps:
+            if len(seen) == len(prompts) == len(ids):
+                decode.append(ended)
+            elif not decode:
+                seen.update(ids)
+                if len(seen) == len(prompts):
+                    decode.append(ended)
+        return {
+            "decode": decode,
+            "first_tokens": decode[0] - began,
+            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        }
+
+    def _noting(self, get_output: Callable[[], Any]) -> Callable[[], Any]:
+        def noted() -> Any:
+            outputs = get_output()
+            ids = [output.request_id for output in outputs.outputs if output.new_token_ids]
+            if ids:
+                self._steps.append((outputs.timestamp, ids))
+            return outputs
+
+        return noted
+
+
+def main() -> None:
+    """Answer requests until the other end closes. A failed request is answered with its error; the process stays."""
+    with socket.socket(fileno=int(sys.argv[1])) as end, end.makefile("rw") as lines:
+        end.set_inheritable(False)
+        probe: Probe | None = None
+        for line in lines:
+            request = json.loads(line)
+            try:
+                if probe is None:
+                    probe = Probe(**request)
+                    answer = probe.facts
+                else:
+                    answer = getattr(probe, request.pop("call"))(**request)
+            except Exception as error:
+                traceback.print_exc()
+                answer = {"error": f"{type(error).__name__}: {error}"}
+            lines.write(json.dumps(answer) + "\n")
+            lines.flush()
+
+
+if __name__ == "__main__":
+    main()
