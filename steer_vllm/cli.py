@@ -125,6 +125,36 @@ def evaluate(context: typer.Context) -> None:
     alone(args=context.args, prog_name="steer-vllm evaluate")
 
 
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="fewer modes and rounds, shorter outputs")] = False,
+    output: Annotated[Path, typer.Option(help="JSON file for every sample")] = Path("bench.json"),
+    rounds: Annotated[int | None, typer.Option(min=1, help="measurements of each mode")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="requests that decode together")] = 32,
+    dtype: Annotated[str, typer.Option(help="of the model: float32, bfloat16 or float16")] = "float32",
+    compiled: Annotated[bool, typer.Option(help="compile the model, as a server does")] = True,
+    seed: Annotated[int, typer.Option(help="of weights, prompts and artifacts")] = 0,
+    modes: Annotated[str | None, typer.Option(help="names of modes, with commas; default: all")] = None,
+) -> None:
+    """Measure what this build costs on this machine, against plain vLLM in the same run.
+
+    Example: steer-vllm bench --quick --output bench.json
+    """
+    _need("vllm", "cuda", "cpu")
+    from .bench.command import bench as run
+
+    run(
+        quick=quick,
+        output=output,
+        rounds=rounds,
+        batch=batch,
+        dtype=dtype,
+        compiled=compiled,
+        seed=seed,
+        modes=modes,
+    )
+
+
 Folder = Annotated[Path, typer.Argument(help="an artifact's folder")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
@@ -167,9 +197,8 @@ def validate(
 
     try:
         intervention = Intervention.load(path)
-        difference = intervention.base.difference(Fingerprint.of(model)) if model else None
-        if difference:
-            raise ArtifactInvalid(f"{path}: made for another base model than {model}: {difference}")
+        if model is not None:
+            intervention.check_base(Fingerprint.of(model), str(path))
     except ArtifactInvalid as error:
         if not as_json:
             raise
@@ -266,3 +295,7 @@ def _facts(intervention: Any) -> dict[str, Any]:
         "training": dict(card.training),
         "metrics": dict(card.metrics),
     }
+
+
+if __name__ == "__main__":
+    main()

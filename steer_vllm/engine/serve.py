@@ -68,7 +68,8 @@ def serve(model: str, config: SteerConfig, settings: object, *, host: str, port:
 def prepare(args: Namespace, config: SteerConfig, settings: object) -> None:
     """Turn steering on in vLLM's parsed arguments. Errors: `StartupRefused`."""
     for name, reason in _REFUSED_FLAGS.items():
-        if getattr(args, name, None) not in (None, False, [], [""]):
+        value = getattr(args, name, None)
+        if value is not None and value is not False and value != []:  # 0 is a rank
             raise StartupRefused(f"--{name.replace('_', '-')}: {reason}")
     if args.api_server_count not in (None, 1):
         raise StartupRefused(f"--api-server-count {args.api_server_count}: one API server knows the interventions")

@@ -234,9 +234,9 @@ async def test_names(registry: Registry, make: Make, name: object) -> None:
 async def test_wrong_base_says_what_differs(registry: Registry, make: Make) -> None:
     make("small", base=replace(BASE, vocab_size=100))
     make("tuned", base=replace(BASE, weights="other"))
-    with pytest.raises(ArtifactInvalid, match="another base model: vocab_size 100 against 99"):
+    with pytest.raises(ArtifactInvalid, match=r"another base model .*: vocab_size 100 against 99"):
         await registry.load("small", "small")
-    with pytest.raises(ArtifactInvalid, match="another base model: weights other against abc"):
+    with pytest.raises(ArtifactInvalid, match=r"another base model .*: weights other against abc"):
         await registry.load("tuned", "tuned")
 
 
