@@ -6,10 +6,12 @@ never reused with tables of another shape.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config import SteerConfig
+from ..errors import StartupRefused
 from ..fingerprint import Fingerprint
 
 KEY = "steer_vllm"
@@ -27,6 +29,8 @@ def steer_config(vllm_config: Any) -> SteerConfig | None:
     values = (vllm_config.additional_config or {}).get(KEY)
     if values is None:
         return None
+    if not isinstance(values, Mapping):
+        raise StartupRefused(f"steer_vllm settings: expected an object, got {values!r}")
     return SteerConfig.from_dict({name: value for name, value in values.items() if name != "version"})
 
 
