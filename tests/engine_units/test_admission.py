@@ -1,0 +1,331 @@
+"""The engine core's book: what is pinned is released, once; what fails pins nothing; no two contents share a row."""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from steer_vllm.config import SPARE_ROWS, SteerConfig
+from steer_vllm.engine.admission import Admission, merge
+from steer_vllm.errors import (
+    ArtifactInvalid,
+    InvalidIntervention,
+    NoRows,
+    ScaleOutOfRange,
+    SteerError,
+    TooManyInterventions,
+)
+from steer_vllm.plan import PartSummary, Plan, Summary
+from steer_vllm.positions import OPEN, Positions
+from steer_vllm.request import Steering
+from steer_vllm.segments import Component, Term
+
+CONFIG = SteerConfig(additive_rows=2, low_rank_rows=1, max_rank=4, per_request=2)
+SUMMARIES = [
+    Summary("add", (PartSummary(True, 0, 1.0),)),
+    Summary("two", (PartSummary(True, 0, 1.0),)),
+    Summary("low", (PartSummary(False, 2, 1.0), PartSummary(False, 4, 1.0))),
+    Summary("both", (PartSummary(True, 3, 1.0),)),
+]
+NOTHING = {"pinned": 0, "additive_rows": 0, "low_rank_rows": 0}
+
+
+@pytest.fixture
+def admission() -> Admission:
+    return opened()
+
+
+def opened(config: SteerConfig = CONFIG) -> Admission:
+    book = Admission(config, 1e3)
+    for summary in SUMMARIES:
+        book.publish(summary)
+    return book
+
+
+def asks(*parts: tuple[Any, ...], start: int | None = None) -> Steering:
+    """(digest, scale, positions), the last two optional."""
+    full = [(*part, *(1.0, "all")[len(part) - 1 :]) for part in parts]
+    return Steering(tuple(Component(d, s, Positions.parse(p)) for d, s, p in full), start)
+
+
+def counts(admission: Admission) -> dict[str, int]:
+    facts = admission.facts()
+    return {name: facts[name] for name in NOTHING}
+
+
+def test_a_plan_places_every_segment(admission: Admission) -> None:
+    plan = admission.admit("r", asks(("add", 0.5, "response"), ("low", 2.0, "f2+l2/untied")), 10)
+    add = {fill.content: fill.row for fill in plan.additive}
+    low = {fill.content: fill.row for fill in plan.low_rank}
+    alone, baked = (Term("add", 0, 1.0),), (Term("add", 0, 0.5),)
+    first, last, last_baked = (Term("low", 0, 1.0),), (Term("low", 1, 1.0),), (Term("low", 1, 2.0),)
+    assert set(add) == {alone, baked}
+    assert set(low) == {first, last, last_baked}
+    assert plan.placements == (
+        (0, 2, 0, low[first], 2.0),
+        (8, 9, 0, low[last], 2.0),
+        (9, 10, add[baked], low[last_baked], 1.0),
+        (10, OPEN, add[alone], 0, 0.5),
+    )
+    for rows, most in ((add, CONFIG.additive_rows), (low, CONFIG.low_rank_rows)):
+        assert len(set(rows.values())) == len(rows)
+        assert all(0 < row <= most + SPARE_ROWS for row in rows.values())
+
+
+def test_equal_edits_share_a_row(admission: Admission) -> None:
+    """Whatever their strength and place; rows are keyed by content."""
+    one = admission.admit("a", asks(("add", 1.0, "all")), 5)
+    two = admission.admit("b", asks(("add", -2.0, "generated")), 9)
+    assert one.additive == two.additive
+    assert counts(admission) == {"pinned": 2, "additive_rows": 1, "low_rank_rows": 0}
+
+
+def test_response_start_stands_for_the_prompts_length(admission: Admission) -> None:
+    plan = admission.admit("r", asks(("add", 1.0, "response"), start=4), 10)
+    assert [p.start for p in plan.placements] == [3]
+    assert admission.admit("s", asks(("add", 1.0, "response"), start=10), 10).placements[0].start == 9
+    with pytest.raises(InvalidIntervention, match="response_start 11 is behind the prompt's 10"):
+        admission.admit("t", asks(("add", 1.0, "response"), start=11), 10)
+
+
+@pytest.mark.parametrize(
+    ("steering", "error"),
+    [
+        (asks(("unknown",)), ArtifactInvalid),
+        (asks(("add",), ("unknown",)), ArtifactInvalid),
+        (asks(("both",), ("low", 1.0, "f1+l1/untied")), TooManyInterventions),
+        (asks(("add", 1001.0)), ScaleOutOfRange),
+        (asks(("add", 600.0), ("two", -600.0)), ScaleOutOfRange),
+        (asks(("add", 1.0, "f1+l1/untied")), InvalidIntervention),
+        (asks(("low", 1.0, "all")), InvalidIntervention),
+        (asks(("add",), start=99), InvalidIntervention),
+    ],
+)
+def test_what_is_refused_pins_nothing(admission: Admission, steering: Steering, error: type[SteerError]) -> None:
+    """Invariant: checked once more where the engine takes the request in, and only that request fails."""
+    with pytest.raises(error):
+        admission.admit("r", steering, 5)
+    assert counts(admission) == NOTHING
+    admission.release("r")
+    assert admission.close("add"), "nothing uses it"
+
+
+def test_no_rows_leaves_nothing_pinned() -> None:
+    """Of both tables: the low-rank one is full, so the additive rows that were already taken go back."""
+    admission = opened()
+    for n in range(CONFIG.low_rank_rows + SPARE_ROWS):
+        admission.publish(Summary(f"low{n}", (PartSummary(False, 1, 1.0),)))
+        admission.admit(f"r{n}", asks((f"low{n}",)), 5)
+    before = counts(admission)
+    with pytest.raises(NoRows, match="low-rank"):
+        admission.admit("more", asks(("add",), ("both", 1.0, "generated")), 5)
+    assert counts(admission) == before
+    admission.release("more")
+    assert counts(admission) == before
+    admission.release("r0")
+    admission.admit("more", asks(("add",), ("both", 1.0, "generated")), 5)
+
+
+def test_half_of_the_rows_is_none() -> None:
+    """A request that gets its first row and not its second gives the first back."""
+    admission = opened(SteerConfig(additive_rows=1, low_rank_rows=1, max_rank=4))
+    for n in range(SPARE_ROWS):
+        admission.publish(Summary(f"a{n}", (PartSummary(True, 0, 1.0),)))
+        admission.admit(f"r{n}", asks((f"a{n}",)), 5)
+    with pytest.raises(NoRows, match="additive"):
+        admission.admit("more", asks(("add", 1.0, "prompt"), ("two", 1.0, "generated")), 5)
+    assert counts(admission) == {"pinned": SPARE_ROWS, "additive_rows": SPARE_ROWS, "low_rank_rows": 0}
+    admission.admit("one", asks(("add",)), 5)
+
+
+def test_a_table_without_rows() -> None:
+    admission = opened(SteerConfig(low_rank_rows=0))
+    with pytest.raises(NoRows, match="all 0 low-rank rows"):
+        admission.admit("r", asks(("both",)), 5)
+    assert counts(admission) == NOTHING
+
+
+def test_release_of_what_holds_nothing(admission: Admission) -> None:
+    admission.release("never seen")
+    admission.admit("r", asks(("add",)), 5)
+    admission.release("r")
+    admission.release("r")
+    assert counts(admission) == NOTHING
+
+
+def test_equal_ids_are_released_in_order(admission: Admission) -> None:
+    """A new request may take an id whose old one is still on its way out."""
+    admission.admit("r", asks(("add",)), 5)
+    admission.admit("r", asks(("low", 1.0, "f1+l1/untied")), 5)
+    assert counts(admission) == {"pinned": 2, "additive_rows": 1, "low_rank_rows": 2}
+    admission.release("r")
+    assert counts(admission) == {"pinned": 1, "additive_rows": 0, "low_rank_rows": 2}
+    admission.release("r")
+    assert counts(admission) == NOTHING
+
+
+def test_close_waits_for_the_last_request(admission: Admission) -> None:
+    """Invariant: requests in flight finish with the digest they started with; new ones are turned away at once."""
+    admission.admit("r", asks(("add",)), 5)
+    assert not admission.close("add")
+    with pytest.raises(ArtifactInvalid, match="does not hold"):
+        admission.admit("s", asks(("add",)), 5)
+    assert not admission.close("add")
+    admission.release("r")
+    assert admission.close("add")
+    assert "add" not in admission.facts()["loaded"]
+    assert admission.close("add"), "again is no error"
+    assert admission.reopen("add") is None
+
+
+def test_reopen_takes_a_close_back(admission: Admission) -> None:
+    admission.admit("r", asks(("add",)), 5)
+    assert not admission.close("add")
+    assert admission.reopen("add") == SUMMARIES[0]
+    admission.admit("s", asks(("add",)), 5)
+    admission.release("r")
+    assert not admission.close("add"), "s uses it"
+    assert admission.reopen("nobody") is None
+
+
+def test_publish_takes_a_close_back(admission: Admission) -> None:
+    admission.admit("r", asks(("add",)), 5)
+    admission.close("add")
+    admission.publish(SUMMARIES[0])
+    admission.admit("s", asks(("add",)), 5)
+
+
+def test_closed_content_leaves_no_row(admission: Admission) -> None:
+    """All rows can be had by others, also those of a composition with it."""
+    admission.admit("r", asks(("add",), ("two", 2.0)), 5)
+    admission.release("r")
+    assert admission.close("add")
+    for n in range(CONFIG.additive_rows + SPARE_ROWS):
+        admission.publish(Summary(f"a{n}", (PartSummary(True, 0, 1.0),)))
+        admission.admit(f"r{n}", asks((f"a{n}",)), 5)
+
+
+def test_what_vanishes_needs_no_row(admission: Admission) -> None:
+    plan = admission.admit("r", asks(("add", 0.0)), 5)
+    assert plan == Plan((), (), (), ())
+    assert not admission.close("add"), "the request names it all the same"
+    admission.release("r")
+    assert counts(admission) == NOTHING
+
+
+class Book(RuleBasedStateMachine):
+    """Requests, loads and unloads in any order, against a model that only counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.admission = opened(SteerConfig(additive_rows=1, low_rank_rows=1, max_rank=8))
+        self.pins: dict[str, list[tuple[set[str], Plan]]] = {}
+        self.open = {summary.digest for summary in SUMMARIES}
+        self.held: dict[tuple[str, int], object] = {}
+        """What the workers' rows hold."""
+
+    @rule(
+        name=st.sampled_from("abcd"),
+        parts=st.lists(
+            st.tuples(st.sampled_from(["add", "two", "both"]), st.sampled_from([1.0, 2.0]),
+                      st.sampled_from(["all", "prompt", "response"])), max_size=3,
+        ),
+    )  # fmt: skip
+    def admit(self, name: str, parts: list[tuple[str, float, str]]) -> None:
+        digests = {part[0] for part in parts}
+        try:
+            plan = self.admission.admit(name, asks(*parts), 5)
+        except ArtifactInvalid:
+            assert not digests <= self.open
+            return
+        except (NoRows, TooManyInterventions):
+            return
+        assert digests <= self.open
+        self.pins.setdefault(name, []).append((digests, plan))
+        for table, fills in (("additive", plan.additive), ("low_rank", plan.low_rank)):
+            for fill in fills:
+                self.held[table, fill.row] = fill.content
+
+    @rule(name=st.sampled_from("abcd"))
+    def release(self, name: str) -> None:
+        self.admission.release(name)
+        if self.pins.get(name):
+            self.pins[name].pop(0)
+
+    @rule(digest=st.sampled_from(["add", "two", "both"]))
+    def close(self, digest: str) -> None:
+        used = any(digest in digests for pins in self.pins.values() for digests, _ in pins)
+        assert self.admission.close(digest) == (not used)
+        self.open.discard(digest)
+
+    @rule(digest=st.sampled_from(["add", "two", "both"]))
+    def publish(self, digest: str) -> None:
+        self.admission.publish(next(s for s in SUMMARIES if s.digest == digest))
+        self.open.add(digest)
+
+    @precondition(lambda self: self.pins)
+    @invariant()
+    def rows_in_use_hold_what_their_requests_were_told(self) -> None:
+        for pins in self.pins.values():
+            for _, plan in pins:
+                for table, fills in (("additive", plan.additive), ("low_rank", plan.low_rank)):
+                    assert all(self.held[table, fill.row] == fill.content for fill in fills)
+
+    def teardown(self) -> None:
+        for name, pins in self.pins.items():
+            for _ in pins:
+                self.admission.release(name)
+        assert counts(self.admission) == NOTHING
+        assert all(self.admission.close(digest) for digest in ("add", "two", "both", "low"))
+
+
+TestBook = Book.TestCase
+TestBook.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+
+
+def test_threads_leave_nothing() -> None:
+    """Admission runs in the input thread, release in the main loop: hammered from eight, the book is even."""
+    admission = opened(SteerConfig(additive_rows=2, low_rank_rows=2, max_rank=8))
+    failures: list[BaseException] = []
+
+    def work(worker: int) -> None:
+        draw = random.Random(worker)
+        try:
+            for n in range(300):
+                name = f"{worker % 4}-{n % 3}"
+                parts = [(draw.choice(["add", "two", "both"]), draw.choice([0.5, 1.0]), draw.choice(["all", "prompt"]))
+                         for _ in range(draw.randint(1, 2))]  # fmt: skip
+                try:
+                    admission.admit(name, asks(*parts), 5)
+                except NoRows:
+                    continue
+                admission.close("low")
+                admission.publish(SUMMARIES[2])
+                admission.release(name)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert counts(admission) == NOTHING
+
+
+def test_merge_of_pipeline_ranks() -> None:
+    """Ranks hold different layers: what any has, the whole has."""
+    ranks = [
+        [PartSummary(True, 0, 1.0)._asdict(), PartSummary(False, 2, 5.0)._asdict()],
+        [PartSummary(False, 3, 2.0)._asdict(), PartSummary(False, 0, 0.0)._asdict()],
+    ]
+    assert merge("d", ranks) == Summary("d", (PartSummary(True, 3, 2.0), PartSummary(False, 2, 5.0)))
+    with pytest.raises(ValueError, match="zip"):
+        merge("d", [ranks[0], ranks[1][:1]])

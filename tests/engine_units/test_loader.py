@@ -1,0 +1,239 @@
+"""Loading in two phases: busy, ready, done; every failure is an answer, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from core.make import BASE, direction, lofit, loreft
+from engine_units.toy import Decoder, RowParallel
+
+from steer_vllm import Intervention
+from steer_vllm.config import SteerConfig
+from steer_vllm.edit import Site
+from steer_vllm.engine import loader
+from steer_vllm.engine.projection import OutputProjection
+from steer_vllm.errors import ArtifactInvalid
+from steer_vllm.packed import Layout, Packed
+
+CONFIG = SteerConfig(additive_rows=2, low_rank_rows=2, max_rank=4)
+
+
+class Rank:
+    """What the loader needs of a worker's steering."""
+
+    def __init__(self, layers: tuple[int, ...] = (0, 1, 2), tp_rank: int = 0, ranks: int = 1) -> None:
+        self.config, self.base, self.dtype = CONFIG, BASE, torch.float32
+        self.device = torch.device("cpu")
+        self.layout = Layout.of(layers, BASE.hidden_size, CONFIG)
+        self.store: dict[tuple[str, int], Packed] = {}
+        self.tensor_parallel = ranks
+        self.tables: Any = dataclasses.make_dataclass("Tables", ["nbytes"])(1234)
+        self.others: list[Rank] = []
+        self.projections = {}
+        for layer in layers:
+            whole: Any = Decoder().layers[layer].self_attn.o_proj  # type: ignore[union-attr]
+            part = RowParallel(32, BASE.hidden_size, tp_size=ranks, tp_rank=tp_rank)
+            size = 32 // ranks
+            part.weight.data.copy_(whole.weight.data[:, tp_rank * size : (tp_rank + 1) * size])
+            self.projections[layer] = OutputProjection(part, layer)
+        self.waiting: list[list[torch.Tensor]] = []
+
+    def all_reduce(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The sum of what the test has prepared of every rank."""
+        assert len(parts) == len(self.waiting[0])
+        return [torch.stack(same).sum(0) for same in zip(*self.waiting, strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_pending() -> Iterator[None]:
+    loader._pending.clear()
+    yield
+    assert not loader._pending, "a load was left"
+
+
+def finish(rank: Any, digest: str) -> dict[str, Any]:
+    until = time.monotonic() + 10
+    while (answer := loader.poll(rank, digest))["state"] == "busy":
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    return answer
+
+
+def start(rank: Any, item: Intervention, folder: Path, digest: str | None = None) -> dict[str, Any]:
+    item.save(folder)
+    assert loader.begin(rank, str(folder), digest or item.digest)["state"] in ("busy", "ready", "failed")
+    return finish(rank, digest or item.digest)
+
+
+@pytest.mark.parametrize("item", [lofit(), loreft(positions="f2+l2/untied"), direction()], ids=lambda i: i.method.name)
+def test_load(item: Intervention, tmp_path: Path) -> None:
+    rank: Any = Rank()
+    assert start(rank, item, tmp_path) == {"state": "ready"}
+    assert rank.store == {}, "nothing is usable before every rank is ready"
+    answer = loader.commit(rank, item.digest)
+    assert answer["state"] == "done"
+    assert set(rank.store) == {(item.digest, n) for n in range(item.method.parts)}
+    assert answer["parts"] == [rank.store[item.digest, n].summary()._asdict() for n in range(item.method.parts)]
+    facts = loader.facts(rank)
+    assert (facts["loaded"], facts["table_bytes"], facts["base"]) == ([item.digest], 1234, BASE.to_config())
+    assert loader.drop(rank, item.digest) == {"state": "done"}
+    assert rank.store == {}
+    assert loader.drop(rank, item.digest) == {"state": "done"}
+
+
+def test_lofit_is_pushed_through_the_layers_own_weights(tmp_path: Path) -> None:
+    rank: Any = Rank()
+    item = lofit()
+    start(rank, item, tmp_path)
+    loader.commit(rank, item.digest)
+    model = Decoder()
+    (wanted,) = item.compile(lambda layer, z: model.layers[layer].self_attn.o_proj.weight.detach() @ z)  # type: ignore[union-attr]
+    found = rank.store[item.digest, 0].offset
+    for i, place in enumerate(rank.layout.additive):
+        edit = wanted.get(place)
+        torch.testing.assert_close(found[i], torch.zeros(24) if edit is None else edit.offset, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("item", [lofit(), loreft(), direction()], ids=lambda i: i.method.name)
+def test_tensor_parallel_ranks_add_up(item: Intervention, tmp_path: Path) -> None:
+    """Each rank pushes its heads; the reduction is at commit, and every rank ends with the same, whole content."""
+    whole: Any = Rank()
+    start(whole, item, tmp_path)
+    loader.commit(whole, item.digest)
+    ranks: list[Any] = [Rank(tp_rank=n, ranks=2) for n in range(2)]
+    loads = []
+    for rank in ranks:
+        assert start(rank, item, tmp_path) == {"state": "ready"}
+        loads.append(loader._pending.pop(item.digest))
+        assert loads[-1].parts == ()
+    for rank, load in zip(ranks, loads, strict=True):
+        rank.waiting = [list(other.projected.values()) for other in loads]
+        loader._pending[item.digest] = load
+        assert loader.commit(rank, item.digest)["state"] == "done"
+        for n in range(item.method.parts):
+            one, two = rank.store[item.digest, n], whole.store[item.digest, n]
+            for mine, wanted in zip(one._tensors(), two._tensors(), strict=True):
+                torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_pipeline_ranks_hold_their_layers(tmp_path: Path) -> None:
+    item = lofit(((0, 1), (2, 0)))
+    first: Any = Rank((0, 1))
+    start(first, item, tmp_path)
+    loader.commit(first, item.digest)
+    found = first.store[item.digest, 0].offset
+    assert found.shape[0] == 4
+    assert found[0].any()
+    assert not found[1:].any()
+
+
+def failed(answer: dict[str, Any], message: str, code: str = ArtifactInvalid.code) -> None:
+    assert answer["state"] == "failed"
+    assert answer["code"] == code
+    assert message in answer["message"]
+
+
+def test_another_base_model(tmp_path: Path) -> None:
+    """Invariant: an artifact is bound to its base by a digest of its weights, not its shapes alone."""
+    for base, message in (
+        (dataclasses.replace(BASE, weights="cd" * 32), "weights"),
+        (dataclasses.replace(BASE, weights=None), "weights"),
+        (dataclasses.replace(BASE, vocab_size=62), "vocab_size 62 against 61"),
+    ):
+        rank: Any = Rank()
+        item = lofit(base=base)
+        failed(start(rank, item, tmp_path), message)
+        loader.drop(rank, item.digest)
+
+
+def test_content_that_changed_on_the_way(tmp_path: Path) -> None:
+    """Invariant: every rank, the core and the cache keys use the same identity: files swapped while read are found."""
+    rank: Any = Rank()
+    failed(start(rank, lofit(seed=5), tmp_path, digest="ab" * 32), "changed while it was loaded")
+    loader.drop(rank, "ab" * 32)
+
+
+def test_a_site_without_a_table(tmp_path: Path) -> None:
+    rank: Any = Rank()
+    item = direction(site=Site.MLP_OUTPUT)
+    failed(start(rank, item, tmp_path), "mlp_output in additive_sites")
+    loader.drop(rank, item.digest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16])
+def test_what_overflows_in_the_models_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    rank: Any = Rank()
+    rank.dtype = dtype
+    item = direction(coefficient=1e5)
+    failed(start(rank, item, tmp_path), "not finite in the model's dtype")
+    loader.drop(rank, item.digest)
+
+
+def test_overflow_of_the_sum_of_ranks_fails_the_commit(tmp_path: Path) -> None:
+    """Found after the reduction: an answer, not an exception, and nothing is stored."""
+    rank: Any = Rank(ranks=2)
+    item = lofit()
+    start(rank, item, tmp_path)
+    rank.waiting = [[torch.full((24,), 3e38)] * 2] * 2
+    failed(loader.commit(rank, item.digest), "not finite")
+    assert rank.store == {}
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    rank: Any = Rank()
+    loader.begin(rank, str(tmp_path / "nowhere"), "d")
+    failed(finish(rank, "d"), "No such file")
+    failed(loader.commit(rank, "d"), "", code="engine_unavailable")
+    assert rank.store == {}
+
+
+@pytest.mark.parametrize("method", [loader.poll, loader.commit])
+def test_unknown_digests_are_an_answer(method: Any) -> None:
+    """Invariant: worker methods never raise: a failed reply makes every later reply wrong."""
+    failed(method(Rank(), "never begun"), "KeyError", code="engine_unavailable")
+
+
+@pytest.mark.parametrize("argument", [None, 5, "x\0y", b"\xff"])
+def test_odd_folders_are_an_answer(argument: Any) -> None:
+    rank: Any = Rank()
+    loader.begin(rank, argument, "d")
+    assert finish(rank, "d")["state"] == "failed"
+    loader.drop(rank, "d")
+
+
+def test_a_load_that_is_begun_again(tmp_path: Path) -> None:
+    rank: Any = Rank()
+    item = lofit()
+    item.save(tmp_path)
+    loader.begin(rank, str(tmp_path / "nowhere"), item.digest)
+    finish(rank, item.digest)
+    assert start(rank, item, tmp_path) == {"state": "ready"}
+    assert loader.commit(rank, item.digest)["state"] == "done"
+
+
+def test_a_drop_while_it_is_busy(tmp_path: Path) -> None:
+    rank: Any = Rank()
+    item = lofit()
+    item.save(tmp_path)
+    loader.begin(rank, str(tmp_path), item.digest)
+    loader.drop(rank, item.digest)
+    assert loader.poll(rank, item.digest)["state"] == "failed"
+    assert rank.store == {}
+
+
+def test_loads_beside_each_other(tmp_path: Path) -> None:
+    rank: Any = Rank()
+    items = [lofit(seed=n) for n in range(6)]
+    for n, item in enumerate(items):
+        item.save(tmp_path / str(n))
+        loader.begin(rank, str(tmp_path / str(n)), item.digest)
+    for item in items:
+        assert finish(rank, item.digest) == {"state": "ready"}
+        loader.commit(rank, item.digest)
+    assert set(rank.store) == {(item.digest, 0) for item in items}

@@ -1,0 +1,80 @@
+"""Head outputs through a layer's output projection: without bias, each rank its slice, in float32."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from core.make import randn
+from engine_units.toy import RowParallel
+from torch import nn
+
+from steer_vllm.engine.projection import OutputProjection
+from steer_vllm.errors import StartupRefused
+
+WIDTH, HIDDEN = 32, 24
+
+
+@torch.no_grad()
+def test_without_bias() -> None:
+    layer, z = RowParallel(WIDTH, HIDDEN), randn(WIDTH)
+    found = OutputProjection(layer, 0)(z)
+    torch.testing.assert_close(found, layer(z)[0] - layer(torch.zeros(WIDTH))[0], rtol=1e-5, atol=1e-5)
+    assert not OutputProjection(layer, 0)(torch.zeros(WIDTH)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_is_pushed_through_in_float32(dtype: torch.dtype) -> None:
+    """Exact in the layer's weights as they are: no rounding but theirs."""
+    layer, z = RowParallel(WIDTH, HIDDEN).to(dtype), randn(WIDTH)
+    found = OutputProjection(layer, 0)(z)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), layer.weight.double() @ z.double(), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@torch.no_grad()
+def test_ranks_add_up_to_the_whole(ranks: int) -> None:
+    whole, z = RowParallel(WIDTH, HIDDEN), randn(WIDTH)
+    total = torch.zeros(HIDDEN)
+    for rank in range(ranks):
+        part = RowParallel(WIDTH, HIDDEN, tp_size=ranks, tp_rank=rank)
+        size = WIDTH // ranks
+        part.weight.copy_(whole.weight[:, rank * size : (rank + 1) * size])
+        total += OutputProjection(part, 0)(z)
+    torch.testing.assert_close(total, whole.weight @ z, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_lora_wrapper_is_looked_through() -> None:
+    base = RowParallel(WIDTH, HIDDEN)
+    wrapper: Any = nn.Module()
+    wrapper.base_layer = base
+    z = randn(WIDTH)
+    assert torch.equal(OutputProjection(wrapper, 0)(z), OutputProjection(base, 0)(z))
+
+
+def test_partial_sums_are_refused() -> None:
+    with pytest.raises(StartupRefused, match=r"layer 3: .*partial sums"):
+        OutputProjection(RowParallel(WIDTH, HIDDEN, tp_size=2, reduce=False), 3)
+    OutputProjection(RowParallel(WIDTH, HIDDEN, reduce=False), 3)
+
+
+@pytest.mark.parametrize("packing", ["int8", "transposed"])
+@torch.no_grad()
+def test_packed_weights_go_through_the_layers_own_method(packing: str) -> None:
+    layer, calls = RowParallel(WIDTH, HIDDEN), []
+    plain, z = layer.weight.detach().clone(), randn(WIDTH)
+    packed = plain.to(torch.int8) if packing == "int8" else plain.T.contiguous()
+    layer.weight = nn.Parameter(packed, requires_grad=False)
+
+    def apply(base: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        calls.append((base, x.dtype, tuple(x.shape), bias))
+        return x @ plain.T
+
+    layer.quant_method = SimpleNamespace(apply=apply)  # type: ignore[assignment]
+    torch.testing.assert_close(OutputProjection(layer, 0)(z), plain @ z, rtol=1e-5, atol=1e-5)
+    assert calls == [(layer, torch.float32, (1, WIDTH), None)]

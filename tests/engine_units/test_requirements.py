@@ -1,0 +1,86 @@
+"""The seam: the installed vLLM is as needed, and a vLLM that is not says which file to mend."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steer_vllm.engine import requirements
+from steer_vllm.engine.requirements import SEAMS, Seam, problems, require
+from steer_vllm.errors import StartupRefused
+
+
+def test_the_installed_vllm_is_as_needed() -> None:
+    assert problems() == []
+    require()
+
+
+def owner_of(seam: Seam) -> tuple[Any, str]:
+    *path, name = seam.name.split(".")
+    owner: Any = importlib.import_module(seam.module)
+    for part in path:
+        owner = getattr(owner, part)
+    return owner, name
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.name)
+def test_a_changed_signature_names_the_file(seam: Seam, monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(something: int, other: str) -> None: ...
+
+    monkeypatch.setattr(*owner_of(seam), changed)
+    (line,) = problems()
+    assert f"{seam.module}.{seam.name}" in line
+    assert f"steer_vllm/engine/{seam.used_by}" in line
+    assert "something" in line
+    with pytest.raises(StartupRefused, match=seam.used_by):
+        require()
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.name)
+def test_a_function_that_is_gone_names_the_file(seam: Seam, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(*owner_of(seam))
+    lines = problems()
+    assert any(seam.name in line and "is gone" in line and seam.used_by in line for line in lines)
+
+
+def test_new_parameters_behind_are_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def longer(self: Any, request: Any, block_ids: Any = None) -> None: ...
+
+    monkeypatch.setattr(*owner_of(next(s for s in SEAMS if s.name == "Scheduler._free_request")), longer)
+    assert problems() == []
+
+
+def test_a_module_that_is_gone() -> None:
+    gone = Seam("vllm.nowhere", "f", (), "core.py")
+    line = requirements._problem(gone)
+    assert line is not None
+    assert "vllm.nowhere.f is gone" in line
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.name)
+def test_the_named_file_uses_it(seam: Seam) -> None:
+    """The list is not longer than the patches: what a file no longer touches goes from it."""
+    source = (Path(requirements.__file__).parent / seam.used_by).read_text()
+    assert seam.name.split(".")[-1] in source
+
+
+@pytest.mark.parametrize("found", ["0.25.9", "0.34.0", "1.0.0", "0.9.2", "0.34.0rc1+cpu"])
+def test_versions_outside(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requirements, "vllm_version", lambda: found)
+    (line,) = problems()
+    assert found in line
+    assert "0.26 to 0.33" in line
+
+
+@pytest.mark.parametrize("found", ["0.26.0", "0.33.2", "0.30.1.dev3+g12ab", "0.32.0+cpu", "0.33.0rc1"])
+def test_versions_inside(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requirements, "vllm_version", lambda: found)
+    assert problems() == []
+
+
+def test_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requirements, "vllm_version", lambda: None)
+    assert problems() == ["vLLM is not installed"]
