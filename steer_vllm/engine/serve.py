@@ -57,11 +57,11 @@ def serve(model: str, config: SteerConfig, settings: object, *, host: str, port:
     parser = FlexibleArgumentParser(prog="steer-vllm serve MODEL --")
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     args = parser.parse_args(["serve", model, f"--host={host}", f"--port={port}", *flags])
+    prepare(args, config, settings)
     configure_logging = getattr(logger, "configure_logging_from_args", None)  # since 0.32
     if configure_logging is not None:
         configure_logging(args)
     command.validate(args)
-    prepare(args, config, settings)
     command.cmd(args)
 
 
