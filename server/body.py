@@ -18,6 +18,7 @@ from ..request import EXTRA_ARG, Ask, check_response_start, parse
 STEERABLE = frozenset({"/v1/chat/completions", "/v1/completions"})
 """The paths on which a request may ask for interventions."""
 
+_ANY_BASE = "base:"
 _FIELDS = ("interventions", "response_start")
 _FORM_FIELDS = re.compile(rb'name="?(?:interventions|response_start)\b|' + EXTRA_ARG.encode())
 _OFF: tuple[object, ...] = (None, False)
@@ -51,13 +52,16 @@ def read(content: bytes) -> dict[str, Any]:
 
 
 def split_alias(model: object, base_names: Sequence[str]) -> tuple[str, str] | None:
-    """(base, name) of `base:name`; None for anything else, so also for a served name that has a colon itself."""
+    """(base, name) of `base:name`, where base is a served name, or the word `base` for the first of them.
+
+    None for anything else, so also for a served name that has a colon itself.
+    """
     if not isinstance(model, str) or model in base_names:
         return None
     for base in sorted(base_names, key=len, reverse=True):
         if model.startswith(f"{base}:"):
             return base, model[len(base) + 1 :]
-    return None
+    return (base_names[0], model[len(_ANY_BASE) :]) if model.startswith(_ANY_BASE) else None
 
 
 def consume(body: dict[str, Any], path: str, base_names: Sequence[str]) -> Wanted:

@@ -94,6 +94,14 @@ async def test_any_served_name_has_aliases(client: AsyncClient) -> None:
     assert answer.json()["model"] == "second:honest"
 
 
+async def test_the_word_base_stands_for_the_served_name(client: AsyncClient) -> None:
+    """So that a client need not know what the model was called when it was served."""
+    answer = await post(client, TEXT, model="base:honest")
+    assert (answer.json()["body"]["model"], answer.json()["model"]) == ("tiny", "base:honest")
+    refused(await post(client, TEXT, model="base:nobody"), 404, "model_not_found", "model")
+    refused(await post(client, "/v1/responses", model="base:honest"), 400, "unsupported_with_intervention", "model")
+
+
 async def test_served_names_with_colons(build: Callable[..., Front], make: Make) -> None:
     front = build(base_names=("llama", "llama:8b"))
     await fill(front, make)
