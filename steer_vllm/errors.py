@@ -15,7 +15,8 @@
     ├── ServerError               the server cannot do it now (5xx)
     │   ├── NoRows                503  every table row is in use
     │   └── EngineUnavailable     503  the engine does not answer
-    └── StartupRefused            the engine is not as the plugin needs it: nothing is served
+    ├── StartupRefused            the engine is not as the plugin needs it: nothing is served
+    └── BenchmarkInvalid          a benchmark could not be run, or did not measure what it says
 
 Every message says what was given, what was expected and where. Knows nothing of HTTP but the status numbers.
 """
@@ -133,6 +134,12 @@ class StartupRefused(SteerError):
     """vLLM, the model or a setting is not as the plugin needs it."""
 
     code = "startup_refused"
+
+
+class BenchmarkInvalid(SteerError):
+    """An engine under measurement failed, was disturbed, or did something else than its mode says."""
+
+    code = "benchmark_invalid"
 
 
 def by_code(code: str, message: str) -> SteerError:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ..errors import BenchmarkInvalid
 from .modes import choose
-from .result import assemble, table
+from .result import assemble, conditions, table
 from .run import measure
 from .workload import Workload
 
@@ -42,4 +42,5 @@ def bench(
     result = assemble(workload, chosen, outcome, shlex.join(["steer-vllm", *sys.argv[1:]]))
     output.write_text(json.dumps(result, indent=1) + "\n")
     console.print(table(result))
-    console.print(f"every sample is in {output}")
+    console.print(conditions(result), highlight=False)
+    console.print(f"every sample is in {output}", highlight=False)

@@ -12,7 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich import box
+from rich.table import Column, Table
 
 from ..errors import BenchmarkInvalid
 from . import machine
@@ -22,7 +23,7 @@ from .spread import Ratio, Spread
 from .workload import Workload
 
 FORMAT = 1
-COLUMNS = ("mode", "tokens/s", "step ms", "of plain", "95% interval", "quartiles", "first tokens ms")
+COLUMNS = ("mode", "tokens/s", "step ms", "of plain", "95% interval", "quartiles", "first ms")
 
 
 def assemble(workload: Workload, modes: Sequence[Mode], outcome: Outcome, command: str) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def rows(result: dict[str, Any]) -> Iterable[tuple[str, ...]]:
 
 
 def _between(low: float, high: float) -> str:
-    return f"{low:.1%} to {high:.1%}"
+    return f"{100 * low:.1f} to {high:.1%}"
 
 
 def conditions(result: dict[str, Any]) -> str:
@@ -103,10 +104,12 @@ def conditions(result: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """For the console."""
-    shown = Table(*COLUMNS, title="decode throughput against plain vLLM", caption=conditions(result))
+    """For the console: without the quartiles, which are in the JSON."""
+    kept = [i for i, column in enumerate(COLUMNS) if column != "quartiles"]
+    columns = (Column(COLUMNS[i], no_wrap=True) for i in kept)
+    shown = Table(*columns, title="decode throughput against plain vLLM", box=box.SIMPLE, pad_edge=False)
     for row in rows(result):
-        shown.add_row(*row)
+        shown.add_row(*(row[i] for i in kept))
     return shown
 
 
@@ -119,7 +122,8 @@ How it is measured: engines with and without the plugin run at the same time in 
 at a time. A round runs every mode once, in random order; a turn begins when the other engines use no CPU. All requests
 of the batch start together; timed are the decode steps in which all of them take part, by the engine core's clock. A
 ratio is taken within each round; shown are its median over the rounds, the 95% bootstrap interval of that median, and
-the quartiles. `control` is a second process of plain vLLM: it says what two processes differ by without a cause.
+the quartiles. `first ms` is the time until every request has its first token. `control` is a second process of plain
+vLLM: it says what two processes differ by without a cause.
 """
 
 

@@ -47,5 +47,5 @@ class Ratio:
         ratios = np.array([a / b for a, b in zip(mode, plain, strict=True)])
         drawn = np.random.default_rng(seed).integers(len(ratios), size=(_RESAMPLES, len(ratios)))
         low, high = np.quantile(np.median(ratios[drawn], axis=1), [0.025, 0.975])
-        spread = Spread.of(ratios)
+        spread = Spread.of(ratios.tolist())
         return cls(spread.median, spread.q1, spread.q3, float(low), float(high))

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from steer_vllm.bench.modes import MODES
-from steer_vllm.bench.result import COLUMNS, assemble, markdown, read, rows, table
+from steer_vllm.bench.result import COLUMNS, assemble, conditions, markdown, read, rows, table
 from steer_vllm.bench.run import Outcome, Sample
 from steer_vllm.bench.workload import Workload
 from steer_vllm.errors import BenchmarkInvalid
@@ -48,7 +48,7 @@ def test_rows_are_computed_from_the_samples(result: dict[str, Any]) -> None:
     assert shown["plain"]["tokens/s"] == "3000"
     assert shown["plain"]["of plain"] == ""
     assert shown["idle"]["of plain"] == "98.0%"
-    assert shown["distinct-low-rank"]["95% interval"] == "80.0% to 80.0%"
+    assert shown["distinct-low-rank"]["95% interval"] == "80.0 to 80.0%"
     assert shown["idle"]["step ms"] == "32.65"
 
 
@@ -58,19 +58,24 @@ def test_the_order_of_samples_does_not_matter(result: dict[str, Any]) -> None:
     assert list(rows(result)) == before
 
 
-def test_console_table_names_the_machine(result: dict[str, Any]) -> None:
-    console = Console(file=io.StringIO(), width=200)
+def test_console_table_fits_a_terminal(result: dict[str, Any]) -> None:
+    console = Console(file=io.StringIO(), width=80)
     console.print(table(result))
-    text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
-    assert "distinct-low-rank" in text
-    assert "5 rounds, seed 0" in text
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(mode.name in text for mode in CHOSEN)
+    assert "98.0 to 98.0%" in text
+
+
+def test_conditions_name_the_work(result: dict[str, Any]) -> None:
+    text = conditions(result)
+    assert "float32, compiled; decode at batch 32, 32 tokens in, 64 out; 5 rounds, seed 0" in text
 
 
 def test_markdown_has_every_result_with_its_command(result: dict[str, Any]) -> None:
     text = markdown({"first": result, "second": result})
     assert text.index("## first") < text.index("## second")
     assert text.count("`steer-vllm bench --quick`") == 2
-    assert "| idle | 2940 | 32.65 | 98.0% | 98.0% to 98.0% | 98.0% to 98.0% | 470 |" in text
+    assert "| idle | 2940 | 32.65 | 98.0% | 98.0 to 98.0% | 98.0 to 98.0% | 470 |" in text
     assert MODES["idle"].title in text
 
 
