@@ -178,6 +178,7 @@ def evaluate(
     scale: Annotated[float | None, typer.Option(help="default: the artifact's")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="texts of one forward pass")] = 32,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    ignore_case: Annotated[bool, typer.Option("--ignore-case", help="in exact match, as LoFiT's code does")] = False,
     output: Annotated[Path | None, typer.Option(help="write the scores to this JSON file")] = None,
 ) -> None:
     """Exact match, MC1 and MC2 of a model on held-out examples, without and with artifacts.
@@ -198,7 +199,7 @@ def evaluate(
         difference = base.fingerprint.difference(item.base)
         if difference:
             raise UserError(f"{folder}: made for another base model: {difference}")
-    evaluator = Evaluator(base, base.encoder(settings), batch_size)
+    evaluator = Evaluator(base, base.encoder(settings), batch_size, ignore_case=ignore_case)
     results = {"base": evaluator.scores(examples).to_dict()}
     if loaded:
         asked = [(item, item.default_scale if scale is None else scale, item.positions) for item in loaded]

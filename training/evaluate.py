@@ -1,7 +1,7 @@
 """How a model answers, with or without interventions: exact match, MC1 and MC2.
 
-Exact match: greedy, 16 tokens, the first line without spaces around it against the accepted answers, case ignored (as
-LoFiT; a leading space is no error). MC1 and MC2 (Lin et al. 2022, TruthfulQA): summed log-probabilities of each answer.
+Exact match: greedy, 16 tokens, the first line without spaces around it against the accepted answers. MC1 and MC2 (Lin
+et al. 2022, TruthfulQA): summed log-probabilities of each answer.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Asks one base model. tokens: most that an answer may have."""
+    """Asks one base model. tokens: most that an answer may have. ignore_case: in exact match, as LoFiT's code does."""
 
     base: Base
     encoder: Encoder
     batch_size: int = 32
     tokens: int = 16
     progress: bool = True
+    ignore_case: bool = False
 
     def scores(self, examples: Sequence[Example], *interventions: Intervention | Steer) -> Scores:
         """All metrics. Items that do not fit are left out, with a warning."""
@@ -55,7 +56,10 @@ class Evaluator:
         if len(fitting) < len(examples):
             _log.warning("%d of %d items are too long and left out", len(examples) - len(fitting), len(examples))
         said = self.generate([example.prompt for example in fitting], *interventions)
-        matches = [matches_exactly(text, example.answers) for text, example in zip(said, fitting, strict=True)]
+        matches = [
+            matches_exactly(text, example.answers, self.ignore_case)
+            for text, example in zip(said, fitting, strict=True)
+        ]
         chosen = self.choices([example for example in fitting if example.incorrect], *interventions)
         return Scores(
             items=len(fitting),
@@ -150,10 +154,11 @@ class Evaluator:
             yield order[start : start + self.batch_size]
 
 
-def matches_exactly(text: str, answers: Sequence[str]) -> bool:
-    """Whether the first line of `text` is one of the answers, spaces around and case aside."""
-    first = text.strip().split("\n")[0].strip().casefold()
-    return first in {answer.strip().casefold() for answer in answers}
+def matches_exactly(text: str, answers: Sequence[str], ignore_case: bool = False) -> bool:
+    """Whether the first line of `text` is one of the answers, spaces around it aside."""
+    lines = [line.split("\n")[0].strip() for line in (text.strip(), *(answer.strip() for answer in answers))]
+    first, *expected = [line.casefold() for line in lines] if ignore_case else lines
+    return first in expected
 
 
 def _mean(values: Sequence[float]) -> float:

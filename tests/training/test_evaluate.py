@@ -77,8 +77,16 @@ def test_exact_match_counts(base: Base, evaluator: Evaluator, caplog: pytest.Log
 
 
 @pytest.mark.parametrize(
-    ("text", "right"),
-    [("Paris", True), (" paris \nQ: next", True), ("Paris is", False), ("", False), ("\n\nParis", True)],
+    ("text", "right", "right_in_any_case"),
+    [
+        ("Paris", True, True),
+        (" Paris \nQ: next", True, True),
+        ("PARIS", False, True),
+        ("Paris is", False, False),
+        ("", False, False),
+        ("\n\nParis", True, True),
+    ],
 )
-def test_matching(text: str, right: bool) -> None:
+def test_matching(text: str, right: bool, right_in_any_case: bool) -> None:
     assert matches_exactly(text, ["Paris", "City of Light"]) is right
+    assert matches_exactly(text, ["Paris", "City of Light"], ignore_case=True) is right_in_any_case
