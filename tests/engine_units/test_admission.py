@@ -211,6 +211,22 @@ def test_closed_content_leaves_no_row(admission: Admission) -> None:
         admission.admit(f"r{n}", asks((f"a{n}",)), 5)
 
 
+def test_rows_of_closed_content_are_taken_before_idle_ones(admission: Admission) -> None:
+    """So that content which is still loaded keeps its row, and needs no copy when it comes back."""
+    for n in range(CONFIG.additive_rows + SPARE_ROWS - 2):
+        admission.publish(Summary(f"a{n}", (PartSummary(True, 0, 1.0),)))
+        admission.admit(f"r{n}", asks((f"a{n}",)), 5)
+    rows = {}
+    for digest in ("two", "add"):  # "two" has been idle for longer
+        (fill,) = admission.admit(digest, asks((digest,)), 5).additive
+        rows[digest] = fill.row
+    for digest in ("two", "add"):
+        admission.release(digest)
+    assert admission.close("add")
+    assert admission.admit("r", asks(("both",)), 5).additive[0].row == rows["add"]
+    assert admission.admit("s", asks(("two",)), 5).additive[0].row == rows["two"]
+
+
 def test_what_vanishes_needs_no_row(admission: Admission) -> None:
     plan = admission.admit("r", asks(("add", 0.0)), 5)
     assert plan == Plan((), (), (), ())
