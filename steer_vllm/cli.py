@@ -126,6 +126,22 @@ def evaluate(context: typer.Context) -> None:
 
 
 @app.command()
+def demo(
+    output_dir: Annotated[Path | None, typer.Option(help="keep data, artifacts and the server's log here")] = None,
+) -> None:
+    """Train three interventions on the built-in model, serve them, ask in one mixed batch; a few minutes.
+
+    Example: steer-vllm demo --output-dir out/demo
+    """
+    _need("transformers", "train")
+    _need("openai", "serve")
+    _need("vllm", "cuda", "cpu")
+    from .demo.run import main as run
+
+    run(output_dir)
+
+
+@app.command()
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="fewer modes and rounds, shorter outputs")] = False,
     output: Annotated[Path, typer.Option(help="JSON file for every sample")] = Path("bench.json"),

@@ -53,6 +53,7 @@ COMMANDS = [
     ("evaluate",),
     ("doctor",),
     ("bench",),
+    ("demo",),
     ("artifact", "inspect"),
     ("artifact", "validate"),
     ("train", "lofit"),
@@ -71,7 +72,7 @@ def test_every_help_has_an_example(run: Run, command: tuple[str, ...]) -> None:
 def test_help_names_every_command(run: Run) -> None:
     status, text = run("--help")
     assert status == 0
-    for name in ("serve", "train", "evaluate", "artifact", "doctor", "bench"):
+    for name in ("serve", "train", "evaluate", "artifact", "doctor", "bench", "demo"):
         assert name in text
 
 
