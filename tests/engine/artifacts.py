@@ -11,7 +11,7 @@ from steer_vllm.fingerprint import Fingerprint
 from steer_vllm.methods import Direction, LoFiT, LoReFT
 
 
-def lofit(base: Fingerprint, seed: int, strength: float = 0.5) -> Intervention:
+def lofit(base: Fingerprint, seed: int, strength: float = 2.0) -> Intervention:
     """Offsets of three heads."""
     draw = torch.Generator().manual_seed(seed)
     heads = torch.randperm(base.num_layers * base.num_heads, generator=draw)[:3].sort().values.tolist()
@@ -20,7 +20,7 @@ def lofit(base: Fingerprint, seed: int, strength: float = 0.5) -> Intervention:
     return Intervention(LoFiT(pairs), {"offsets": offsets}, base, LoFiT.positions)
 
 
-def direction(base: Fingerprint, seed: int, positions: str = "response", strength: float = 0.5) -> Intervention:
+def direction(base: Fingerprint, seed: int, positions: str = "response", strength: float = 1.5) -> Intervention:
     """One direction in two layers."""
     draw = torch.Generator().manual_seed(seed)
     layers = (seed % (base.num_layers - 1), base.num_layers - 1)
@@ -36,8 +36,8 @@ def loreft(base: Fingerprint, seed: int, positions: str, rank: int = 4) -> Inter
     rotate = torch.linalg.qr(torch.randn(at.parts, 2, base.hidden_size, rank, generator=draw))[0].mT.contiguous()
     tensors = {
         "rotate": rotate,
-        "weight": rotate + torch.randn(shape, generator=draw) * 0.2,
-        "bias": torch.randn(shape[:3], generator=draw),
+        "weight": rotate + torch.randn(shape, generator=draw) * 0.4,
+        "bias": torch.randn(shape[:3], generator=draw) * 3,
     }
     method = LoReFT((seed % (base.num_layers - 1), base.num_layers - 1), rank, at.tied)
     return Intervention(method, tensors, base, at)

@@ -181,7 +181,7 @@ def test_core_refuses_what_the_front_never_saw(run: dict[str, Any]) -> None:
     assert [unknown["finish"], malformed["finish"], behind["finish"]] == ["error"] * 3
     assert base["finish"] == good["finish"] == "length"
     before = run["after nothing"]
-    assert good["tokens"] != base["tokens"]
+    assert good["logprobs"] != base["logprobs"]
     assert base["tokens"] == before[0]["tokens"]
 
 

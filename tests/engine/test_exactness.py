@@ -72,7 +72,13 @@ def test_mixed_batch(engine: engines.Engine, base_model: Path, tmp_path: Path) -
         engine, tmp_path / "plain", base_model, [{"do": "generate", "requests": unsteered}], plain=True
     )[0]
     for request, mine, theirs in zip(requests, results, plain, strict=True):
-        if not request["interventions"]:
+        if any(ask.get("scale") != 0.0 for ask in request["interventions"] or []):
+            assert moved(mine["logprobs"], theirs["logprobs"]) > 100 * oracle.TOLERANCE, request
+        else:
             assert mine["tokens"] == theirs["tokens"]
             assert mine["logprobs"] == theirs["logprobs"], "the identity row must not change a bit"
-    assert sum(mine["tokens"] != theirs["tokens"] for mine, theirs in zip(results, plain, strict=True)) >= 16
+
+
+def moved(mine: list[float], theirs: list[float]) -> float:
+    """By how much the log-probabilities of the chosen tokens differ at most."""
+    return max(abs(a - b) for a, b in zip(mine, theirs, strict=True))
