@@ -13,11 +13,10 @@ from typing import Protocol
 
 from ..catalog import Catalog, Entry, check_name
 from ..config import SteerConfig
-from ..edit import Edits
 from ..errors import ArtifactInvalid, EngineUnavailable
 from ..fingerprint import Fingerprint
 from ..intervention import Intervention
-from ..packed import check_sites
+from ..packed import check_tables
 from ..plan import Summary
 from .store import Store
 
@@ -113,10 +112,7 @@ class Registry:
                 f"{folder}: default_scale {intervention.default_scale:g}, the server allows {self._config.max_scale:g}"
             )
         parts = intervention.compile(lambda layer, z: z.new_zeros(self._base.hidden_size))
-        check_sites(parts, self._config, str(folder))
-        rank = _rank(parts)
-        if rank > self._config.max_rank:
-            raise ArtifactInvalid(f"{folder}: rank {rank}, the server's tables hold {self._config.max_rank}")
+        check_tables(parts, self._config, str(folder))
         return intervention
 
     def _free_unused(self, digests: set[str]) -> None:
@@ -138,7 +134,3 @@ class Registry:
             log.warning("sha256 %s stays in the engine: %s", digest[:12], error)
         finally:
             del self._freeing[digest]  # nothing awaits between the last look at the catalog and here
-
-
-def _rank(parts: tuple[Edits, ...]) -> int:
-    return max((edit.low_rank.rank for edits in parts for edit in edits.values() if edit.low_rank), default=0)

@@ -72,10 +72,13 @@ class Packed:
         return parts if self.low_rank is None else [*parts, self.low_rank.A, self.low_rank.B, self.low_rank.c]
 
 
-def check_sites(parts: Iterable[Edits], config: SteerConfig, where: str) -> None:
-    """Every edit must have a table. Errors: `ArtifactInvalid` naming the site and the setting that adds it."""
+def check_tables(parts: Iterable[Edits], config: SteerConfig, where: str) -> None:
+    """Every edit must have a table, and fit it. Errors: `ArtifactInvalid` naming the setting that would make room."""
     for edits in parts:
         for place, edit in edits.items():
+            if edit.low_rank is not None and edit.low_rank.rank > config.max_rank:
+                rank = edit.low_rank.rank
+                raise ArtifactInvalid(f"{where}: rank {rank}, this engine's max_rank is {config.max_rank}")
             for kind, needed in (("additive", edit.offset is not None), ("low_rank", edit.low_rank is not None)):
                 served: Sequence[object] = getattr(config, f"{kind}_sites")
                 if needed and place.site not in served:

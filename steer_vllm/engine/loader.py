@@ -16,7 +16,7 @@ import torch
 
 from ..errors import ArtifactInvalid, SteerError
 from ..intervention import Intervention
-from ..packed import Packed, check_sites, pack
+from ..packed import Packed, check_tables, pack
 from .worker import WorkerSteering
 
 Answer = dict[str, Any]
@@ -65,7 +65,7 @@ class _Load:
             raise ArtifactInvalid(f"{self.folder}: changed while it was loaded (sha256 {intervention.digest})")
         intervention.check_base(steering.base, self.folder)
         self.intervention = intervention
-        check_sites(intervention.compile(self._project), steering.config, self.folder)
+        check_tables(intervention.compile(self._project), steering.config, self.folder)
         if steering.tensor_parallel == 1:
             self.parts = self._pack(self.projected)
         return {"state": "ready"}

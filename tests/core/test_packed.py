@@ -12,7 +12,7 @@ from steer_vllm.config import SteerConfig
 from steer_vllm.edit import Edit, Edits, LowRank, Place, Site
 from steer_vllm.errors import ArtifactInvalid
 from steer_vllm.ops import reference
-from steer_vllm.packed import Layout, Packed, check_sites, compose, pack, unpack
+from steer_vllm.packed import Layout, Packed, check_tables, compose, pack, unpack
 
 HIDDEN = BASE.hidden_size
 CONFIG = SteerConfig(additive_sites=tuple(Site), low_rank_sites=tuple(Site))
@@ -112,15 +112,21 @@ def test_finite_also_after_the_cast(dtype: torch.dtype, value: float, where: str
         pack({Place(0, Site.BLOCK_OUTPUT): Edit(offset, part)}, LAYOUT, dtype, "here")
 
 
-def test_check_sites_names_the_setting() -> None:
+def test_rank_above_the_tables_is_refused() -> None:
+    config = SteerConfig(max_rank=1)
+    with pytest.raises(ArtifactInvalid, match="max_rank is 1"):
+        check_tables([{Place(0, Site.BLOCK_OUTPUT): Edit(low_rank=low_rank(2, 1))}], config, "here")
+
+
+def test_check_tables_names_the_setting() -> None:
     config = SteerConfig(additive_sites=(Site.BLOCK_OUTPUT,), low_rank_sites=(Site.BLOCK_OUTPUT,))
-    check_sites(loreft().compile(head_projection), config, "here")
-    check_sites(direction().compile(head_projection), config, "here")
+    check_tables(loreft().compile(head_projection), config, "here")
+    check_tables(direction().compile(head_projection), config, "here")
     with pytest.raises(ArtifactInvalid, match="with attention_output in additive_sites"):
-        check_sites(lofit().compile(head_projection), config, "here")
+        check_tables(lofit().compile(head_projection), config, "here")
     without = SteerConfig(low_rank_rows=0)
     with pytest.raises(ArtifactInvalid, match="with block_output in low_rank_sites"):
-        check_sites(loreft().compile(head_projection), without, "here")
+        check_tables(loreft().compile(head_projection), without, "here")
 
 
 terms = st.lists(

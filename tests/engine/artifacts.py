@@ -1,4 +1,4 @@
-"""Random artifacts of every method for any base model: strong enough to change its words, mild enough to stay finite."""
+"""Random artifacts of every method for any base model: strong enough to matter, mild enough to stay finite."""
 
 from __future__ import annotations
 

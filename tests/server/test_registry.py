@@ -244,7 +244,7 @@ async def test_what_the_tables_cannot_hold(build: Build, make: Make, engine: Fak
     make("edit", loreft(rank=4))
     make("polite", direction())
     make("loud", default_scale=9.0)
-    with pytest.raises(ArtifactInvalid, match="rank 4, the server's tables hold 2"):
+    with pytest.raises(ArtifactInvalid, match="rank 4, this engine's max_rank is 2"):
         await build(max_rank=2).registry.load("edit", "edit")
     with pytest.raises(ArtifactInvalid, match="no low_rank table"):
         await build(low_rank_rows=0).registry.load("edit", "edit")
