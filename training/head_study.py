@@ -94,7 +94,7 @@ def study(
     trials: list[Trial] = []
     shared: dict[str, list[float]] = {}
     for seed in seeds:
-        seeded = settings.model_copy(update={"seed": seed})
+        seeded = settings.model_copy(update={"seed": seed, "logging_steps": settings.steps(len(data))})
         selected = select_heads(base, data, seeded, job.title)[0]
         sources = {
             "selected": selected,
