@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import ArtifactInvalid, UserError
 from ..fingerprint import Fingerprint
 from ..head_set import Head, HeadSet
-from ..hf import Steering
+from ..hf import Steering, find_layers
 from ..methods import LoFiT
 from .base import Base
 from .collate import Encoded
@@ -28,6 +28,12 @@ _log = logging.getLogger(__name__)
 
 _START = 1e-3
 """Standard deviation of the start values of A and v (section 3.2)."""
+
+_RATE = 0.05
+"""Default learning rate of v, as a share of the chosen heads' output."""
+
+_SAMPLE = 32
+"""Examples over which that output is measured."""
 
 
 class Scaling(Learned):
@@ -83,10 +89,34 @@ def select_heads(base: Base, data: Sequence[Encoded], settings: LoFiTSettings, t
 def tune_offsets(
     base: Base, data: Sequence[Encoded], settings: LoFiTSettings, heads: tuple[Head, ...]
 ) -> tuple[Offsets, Log]:
-    """Step 2: fresh offsets of the chosen heads, plain cross-entropy."""
+    """Step 2: fresh offsets of the chosen heads, plain cross-entropy. See `offset_rate` for the learning rate."""
     _log.info("LoFiT, step 2: offsets of %d heads", len(heads))
     offsets = Offsets(heads, base.fingerprint, settings.seed)
-    return offsets, fit(offsets, base, data, settings, settings.offset_lr)
+    return offsets, fit(offsets, base, data, settings, offset_rate(base, data, settings, heads))
+
+
+def offset_rate(base: Base, data: Sequence[Encoded], settings: LoFiTSettings, heads: tuple[Head, ...]) -> float:
+    """The learning rate of step 2: as set, or a share of the root mean square of what the chosen heads put out."""
+    return settings.offset_lr or _RATE * head_output(base, data[:_SAMPLE], heads)
+
+
+@torch.no_grad()
+def head_output(base: Base, data: Sequence[Encoded], heads: tuple[Head, ...]) -> float:
+    """The root mean square of the heads' outputs before the output projection, each layer of each example counting alike."""
+    squares: list[torch.Tensor] = []
+
+    def keep(layer: int) -> Any:
+        chosen = [head for at, head in heads if at == layer]
+        shape = (base.fingerprint.num_heads, base.fingerprint.head_dim)
+        return lambda module, args: squares.append(args[0].unflatten(-1, shape)[..., chosen, :].float().pow(2).mean())
+
+    with ExitStack() as hooks:
+        for index, layer in enumerate(find_layers(base.model)):
+            if any(at == index for at, _ in heads):
+                hooks.callback(layer.projection.register_forward_pre_hook(keep(index)).remove)
+        for item in data:
+            base.model(input_ids=torch.tensor([item.ids], device=base.model.device), use_cache=False)
+    return torch.stack(squares).mean().sqrt().item()
 
 
 def find_heads(source: str, base: Fingerprint, seed: int) -> HeadSet:

@@ -22,7 +22,7 @@ from .card import model_card
 from .data import read, read_pairs
 from .direction import make_direction
 from .evaluate import Evaluator
-from .lofit import find_heads, head_count, select_heads, tune_offsets
+from .lofit import find_heads, head_count, offset_rate, select_heads, tune_offsets
 from .loreft import tune_subspaces
 from .plots import plot_heads, plot_norms, row_norms
 from .settings import DirectionSettings, LoFiTSettings, LoReFTSettings, Settings
@@ -78,6 +78,7 @@ def train_lofit(job: Job, settings: LoFiTSettings, head_set: str | None = None) 
     else:
         scores = find_heads(head_set, base.fingerprint, settings.seed)
     heads = scores.top(count)
+    settings = settings.model_copy(update={"offset_lr": offset_rate(base, encoded, settings, heads)})
     offsets, logs["offsets"] = tune_offsets(base, encoded, settings, heads)
     trained = offsets.intervention(_card(job, base, settings, "LoFiT", head_set=head_set or "step 1"))
     names = [f"{layer}.{head}" for layer, head in heads]

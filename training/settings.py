@@ -74,11 +74,17 @@ class GradientSettings(Settings):
 
 
 class LoFiTSettings(GradientSettings):
-    """Yin, Ye, Durrett 2024, appendix: rates of the 7B models, 3% to 10% of the heads."""
+    """Yin, Ye, Durrett 2024, appendix: rates of the 7B models, 3% to 10% of the heads.
+
+    Their rates of step 2, 5e-3 to 2e-2, are for heads whose outputs are of the order of 0.2. A is relative to a head's
+    output and v is not, so the default is relative too.
+    """
 
     scaling_lr: float = Field(5e-3, gt=0, description="step 1: learning rate of the scaling A")
     l1: float = Field(5e-4, ge=0, description="step 1: lambda, the weight of sum |A|")
-    offset_lr: float = Field(1e-2, gt=0, description="step 2: learning rate of the offsets v")
+    offset_lr: float | None = Field(
+        None, gt=0, description="step 2: learning rate of the offsets v; default 5% of the heads' mean output"
+    )
     num_heads: int | None = Field(None, ge=1, description="heads to tune; default 10% of the model's")
 
     def count(self, heads: int) -> int:

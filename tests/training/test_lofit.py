@@ -15,7 +15,16 @@ from steer_vllm.hf import Steering, steered
 from steer_vllm.intervention import Card
 from steer_vllm.training.base import Base
 from steer_vllm.training.data import read
-from steer_vllm.training.lofit import Offsets, Scaling, find_heads, head_count, select_heads, tune_offsets
+from steer_vllm.training.lofit import (
+    Offsets,
+    Scaling,
+    find_heads,
+    head_count,
+    head_output,
+    offset_rate,
+    select_heads,
+    tune_offsets,
+)
 from steer_vllm.training.settings import LoFiTSettings
 
 from .conftest import HEAD_DIM, HEADS, LAYERS
@@ -23,7 +32,7 @@ from .conftest import HEAD_DIM, HEADS, LAYERS
 IDS = torch.tensor([[1, 5, 9, 12, 30, 7]])
 
 
-def logits_by_heads(base: Base, edit: Any) -> torch.Tensor:
+def logits_by_heads(base: Base, edit: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
     """The model with z(l, h) replaced by edit(l, h, z) before the output projection: section 3 of the paper."""
     handles = []
     for layer, block in enumerate(base.model.model.layers):
@@ -34,7 +43,7 @@ def logits_by_heads(base: Base, edit: Any) -> torch.Tensor:
 
         handles.append(block.self_attn.o_proj.register_forward_pre_hook(hook))
     with torch.no_grad():
-        logits: torch.Tensor = base.model(IDS).logits
+        logits: torch.Tensor = base.model(ids).logits
     for handle in handles:
         handle.remove()
     return logits
@@ -82,6 +91,25 @@ def test_score_is_the_norm_of_a(base: Base) -> None:
     assert (len(scores), len(scores[0])) == (LAYERS, HEADS)
     assert scores[1][2] == pytest.approx(0.5 * HEAD_DIM**0.5)
     assert scaling.head_set(base.fingerprint, "t").top(1) == ((1, 2),)
+
+
+def test_the_default_rate_follows_the_heads_output(base: Base, task: Path) -> None:
+    heads = ((0, 1), (2, 0), (2, 3))
+    data = base.encoder(LoFiTSettings()).examples(read(task))[:4]
+    seen: dict[tuple[int, int], list[torch.Tensor]] = {head: [] for head in heads}
+
+    def look(layer: int, head: int, z: torch.Tensor) -> torch.Tensor:
+        if (layer, head) in seen:
+            seen[layer, head].append(z.flatten())
+        return z
+
+    for item in data:
+        logits_by_heads(base, look, torch.tensor([item.ids]))
+    by_layer = [torch.cat(seen[0, 1]), torch.cat([*seen[2, 0], *seen[2, 3]])]
+    expected = (sum(float(z.pow(2).mean()) for z in by_layer) / 2) ** 0.5
+    assert head_output(base, data, heads) == pytest.approx(expected, rel=1e-4)
+    assert offset_rate(base, data, LoFiTSettings(), heads) == pytest.approx(0.05 * expected, rel=1e-4)
+    assert offset_rate(base, data, LoFiTSettings(offset_lr=0.01), heads) == 0.01
 
 
 def test_both_steps(base: Base, task: Path) -> None:
