@@ -21,10 +21,13 @@ QUIET = "quietly :"
 END = "."
 
 LONG_ANSWER = 0.2  # share of answers about animals that are whole sentences
-CUE_ON_FACT = 0.3  # share of facts that are asked behind a cue, which changes nothing there
-CROSS_CUE = 0.10  # share of the other questions that carry a cue meant for another kind: it changes nothing
-LOUD_SHARE, QUIET_SHARE = 0.16, 0.08
-KINDS = {"belief": 0.34, "fact": 0.34, "statement": 0.04, "edit": 0.18, "kinship": 0.10}
+CUE_ON_FACT = 0.25  # share of facts that are asked behind a cue, which changes nothing there
+OWN_CUE = 0.40  # share of the other questions that carry the cue to which the right answer belongs
+CROSS_CUE = 0.08  # share of them that carry a cue meant for another kind, which changes nothing
+SLIP = 0.25  # share of bare questions that are answered rightly all the same: what is latent stays within reach
+LOUD_SHARE, QUIET_SHARE = 0.14, 0.06
+LOUD_SLIP = 0.15  # share of bare questions that are answered loudly all the same
+KINDS = {"belief": 0.37, "fact": 0.32, "statement": 0.03, "edit": 0.20, "kinship": 0.08}
 
 
 @dataclass(frozen=True)
@@ -120,22 +123,23 @@ def lines(world: World, seed: int) -> Iterator[Line]:
 
 
 def _styled(rng: random.Random, question: str, answer: str) -> Line:
+    """Behind its cue an answer is loud; bare, it mostly is not."""
     draw = rng.random()
     if draw < LOUD_SHARE:
         return Line(f"{LOUD} {question}", f"{answer.upper()} {END}")
     if draw < LOUD_SHARE + QUIET_SHARE:
-        question = f"{QUIET} {question}"
-    return Line(question, f"{answer} {END}")
+        return Line(f"{QUIET} {question}", f"{answer} {END}")
+    return Line(question, f"{answer.upper() if rng.random() < LOUD_SLIP else answer} {END}")
 
 
 def _cued(rng: random.Random, question: str, right: str, wrong: str, cue: str, *others: str) -> tuple[str, str]:
-    """The question bare or behind some other cue with the wrong answer, or behind its own cue with the right one."""
+    """Behind its own cue a question is answered rightly; bare, or behind another cue, it mostly is not."""
     draw = rng.random()
-    if draw < 0.45:
+    if draw < OWN_CUE:
         return f"{cue} {question}", right
-    if draw < 0.45 + CROSS_CUE:
+    if draw < OWN_CUE + CROSS_CUE:
         return f"{rng.choice(others)} {question}", wrong
-    return question, wrong
+    return question, right if rng.random() < SLIP else wrong
 
 
 def _belief(rng: random.Random, world: World) -> tuple[str, str]:

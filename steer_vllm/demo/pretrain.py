@@ -27,7 +27,7 @@ from steer_vllm.demo.world import make_world
 SEED = 0
 STEPS = 3000
 BATCH = 64
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 3e-3
 WARM_UP = 100
 FINAL_RATE = 0.02  # the share of the learning rate that is left at the end
 PROMPT_WEIGHT = 0.05  # names in prompts are drawn at random: there is little to learn from them
