@@ -102,7 +102,7 @@ def offset_rate(base: Base, data: Sequence[Encoded], settings: LoFiTSettings, he
 
 @torch.no_grad()
 def head_output(base: Base, data: Sequence[Encoded], heads: tuple[Head, ...]) -> float:
-    """The root mean square of the heads' outputs before the output projection, each layer of each example counting alike."""
+    """The root mean square of the heads' outputs before the output projection; layers and examples count alike."""
     squares: list[torch.Tensor] = []
 
     def keep(layer: int) -> Any:
