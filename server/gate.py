@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..config import SteerConfig
@@ -73,8 +72,8 @@ class Gate:
             self._waiting.remove(ticket)
         else:
             self._held.remove(ticket)
-            _release(self._additive, ticket.rows.additive)
-            _release(self._low_rank, ticket.rows.low_rank)
+            self._additive.release_all(ticket.rows.additive)
+            self._low_rank.release_all(ticket.rows.low_rank)
         self._grant()
 
     def _grant(self) -> None:
@@ -84,27 +83,13 @@ class Gate:
             ticket.granted.set_result(None)
 
     def _take(self, rows: Rows) -> bool:
-        if not _acquire(self._additive, rows.additive):
+        try:
+            self._additive.acquire_all(rows.additive)
+        except NoRows:
             return False
-        if not _acquire(self._low_rank, rows.low_rank):
-            _release(self._additive, rows.additive)
+        try:
+            self._low_rank.acquire_all(rows.low_rank)
+        except NoRows:
+            self._additive.release_all(rows.additive)
             return False
         return True
-
-
-def _acquire(ledger: RowLedger, contents: Iterable[Content]) -> bool:
-    """All of them or none."""
-    taken: list[Content] = []
-    try:
-        for content in contents:
-            ledger.acquire(content)
-            taken.append(content)
-    except NoRows:
-        _release(ledger, taken)
-        return False
-    return True
-
-
-def _release(ledger: RowLedger, contents: Iterable[Content]) -> None:
-    for content in contents:
-        ledger.release(content)

@@ -13,10 +13,10 @@ from typing import Protocol
 
 from ..catalog import Catalog, Entry, check_name
 from ..config import SteerConfig
-from ..errors import ArtifactInvalid, EngineUnavailable
+from ..errors import EngineUnavailable
 from ..fingerprint import Fingerprint
+from ..fit import check_fit
 from ..intervention import Intervention
-from ..packed import check_tables
 from ..plan import Summary
 from .store import Store
 
@@ -106,13 +106,7 @@ class Registry:
     def _read(self, folder: Path) -> Intervention:
         """Read and check an artifact against the model and the tables. Errors: `ArtifactInvalid`."""
         intervention = Intervention.load(folder)
-        intervention.check_base(self._base, str(folder))
-        if abs(intervention.default_scale) > self._config.max_scale:
-            raise ArtifactInvalid(
-                f"{folder}: default_scale {intervention.default_scale:g}, the server allows {self._config.max_scale:g}"
-            )
-        parts = intervention.compile(lambda layer, z: z.new_zeros(self._base.hidden_size))
-        check_tables(parts, self._config, str(folder))
+        check_fit(intervention, self._base, self._config, str(folder))
         return intervention
 
     def _free_unused(self, digests: set[str]) -> None:

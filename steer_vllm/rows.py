@@ -7,6 +7,7 @@ that the next request for it finds it in place, until the row is needed. It know
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 from .errors import NoRows
 from .segments import Term
@@ -39,6 +40,22 @@ class RowLedger:
             raise NoRows(f"all {self.count} {self.table} rows are in use by requests in flight; try again")
         self._users[content] = self._users.get(content, 0) + 1
         return self._row[content]
+
+    def acquire_all(self, contents: Iterable[Content]) -> dict[Content, int]:
+        """A row for each of several contents, or for none. Errors: `NoRows`."""
+        rows: dict[Content, int] = {}
+        try:
+            for content in sorted(contents):
+                rows[content] = self.acquire(content)
+        except NoRows:
+            self.release_all(rows)
+            raise
+        return rows
+
+    def release_all(self, contents: Iterable[Content]) -> None:
+        """One user fewer for each."""
+        for content in contents:
+            self.release(content)
 
     def release(self, content: Content) -> None:
         """One user fewer. Errors: `KeyError` when there is none."""

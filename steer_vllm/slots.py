@@ -85,11 +85,6 @@ class SlotTables:
                 into[:, :rank].copy_(getattr(packed.low_rank, name), non_blocking=True)
             into[:, rank:].zero_()
 
-    def clear_held(self) -> None:
-        """Forget what rows hold, so that every row is written again (weights changed, or memory was lost)."""
-        self._additive_held.clear()
-        self._low_rank_held.clear()
-
 
 def gather(fill: Fill, store: Store) -> Packed:
     """The packed content of a row: the part itself when it stands alone, else the composition."""
@@ -97,6 +92,14 @@ def gather(fill: Fill, store: Store) -> Packed:
     if len(terms) == 1 and terms[0].scale == 1.0:
         return store[terms[0].digest, terms[0].part]
     return compose((store[term.digest, term.part], term.scale) for term in terms)
+
+
+def staged(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Host values in memory from which the device copies on its own: a copy from ordinary memory would wait for it.
+
+    torch keeps page-locked memory alive until the copies that were started from it are done.
+    """
+    return values.pin_memory() if device.type == "cuda" else values
 
 
 class TokenSlots:
@@ -150,8 +153,8 @@ class RequestSlots:
         for i, place in enumerate(placements):
             spans[i] = place[:4]
             scales[i] = place.scale
-        self.spans[row].copy_(torch.from_numpy(spans))
-        self.scales[row].copy_(torch.from_numpy(scales))
+        self.spans[row].copy_(staged(torch.from_numpy(spans), self.spans.device), non_blocking=True)
+        self.scales[row].copy_(staged(torch.from_numpy(scales), self.scales.device), non_blocking=True)
 
     def remove(self, request_id: str) -> bool:
         """Let a request go; False for an unknown one, since runners remove before they add."""

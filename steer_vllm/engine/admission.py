@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable
 from typing import Any
 
-from ..config import SPARE_ROWS, SteerConfig
+from ..config import SteerConfig
 from ..errors import ArtifactInvalid, InvalidIntervention, NoRows
 from ..plan import Fill, PartSummary, Placement, Plan, Summary, contents, needs
 from ..request import Steering
@@ -33,8 +32,8 @@ class Admission:
         self._closing: set[str] = set()
         self._users: Counter[str] = Counter()
         self._pins: dict[str, deque[_Pin]] = {}
-        self._additive = RowLedger(config.additive_rows + SPARE_ROWS, "additive")
-        self._low_rank = RowLedger(config.low_rank_rows + SPARE_ROWS if config.low_rank_rows else 0, "low-rank")
+        self._additive = RowLedger(config.additive_table_rows - 1, "additive")
+        self._low_rank = RowLedger(config.low_rank_table_rows - 1, "low-rank")
 
     def admit(self, request_id: str, steering: Steering, prompt_len: int) -> Plan:
         """Pin what the request needs and say where it is.
@@ -57,11 +56,11 @@ class Admission:
             segments = resolve(steering.components, prompt_len if start is None else start)
             needed = needs(segments, self._loaded, self.config, self._largest)
             additive, low_rank = contents(needed)
-            rows = self._acquire(self._additive, additive)
+            rows = self._additive.acquire_all(additive)
             try:
-                low_rank_rows = self._acquire(self._low_rank, low_rank)
+                low_rank_rows = self._low_rank.acquire_all(low_rank)
             except NoRows:
-                self._release(self._additive, additive)
+                self._additive.release_all(additive)
                 raise
             self._users.update(digests)
             self._pins.setdefault(request_id, deque()).append((digests, tuple(additive), tuple(low_rank)))
@@ -91,8 +90,8 @@ class Admission:
             if not pins:
                 del self._pins[request_id]
             self._users.subtract(digests)
-            self._release(self._additive, additive)
-            self._release(self._low_rank, low_rank)
+            self._additive.release_all(additive)
+            self._low_rank.release_all(low_rank)
 
     def publish(self, summary: Summary) -> None:
         """The workers hold this content: requests may name it."""
@@ -130,22 +129,6 @@ class Admission:
                 "additive_rows": self._additive.used,
                 "low_rank_rows": self._low_rank.used,
             }
-
-    @staticmethod
-    def _acquire(ledger: RowLedger, wanted: Iterable[Content]) -> dict[Content, int]:
-        rows: dict[Content, int] = {}
-        try:
-            for content in sorted(wanted):
-                rows[content] = ledger.acquire(content)
-        except NoRows:
-            Admission._release(ledger, rows)
-            raise
-        return rows
-
-    @staticmethod
-    def _release(ledger: RowLedger, held: Iterable[Content]) -> None:
-        for content in held:
-            ledger.release(content)
 
 
 def merge(digest: str, ranks: list[list[dict[str, Any]]]) -> Summary:

@@ -16,7 +16,7 @@ from ..config import SteerConfig
 from ..errors import EngineUnavailable, StartupRefused, by_code
 from ..fingerprint import Fingerprint
 from ..plan import PartSummary, Summary
-from .loader import Answer
+from .answer import Answer
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from ..errors import SteerError, Unsupported
 from ..plan import Plan
 from ..request import EXTRA_ARG, Steering
 from .admission import Admission, merge
-from .loader import Answer, answered
+from .answer import Answer, answered
 from .settings import steer_config
 
 _creating = threading.Lock()
@@ -29,19 +29,21 @@ def plan_of(sampling_params: Any) -> Plan | None:
 
 
 def install() -> None:
-    """Ledger: replaces `EngineCore.preprocess_add_request`, `EngineCoreProc._reject_add_in_shutdown` and
-    `Scheduler._free_request`; adds utilities to `EngineCore`.
+    """Ledger: replaces `EngineCore.preprocess_add_request`, `EngineCoreProc._reject_add_in_shutdown` (and
+    `_reject_add_while_paused`, which 0.33 adds) and `Scheduler._free_request`; adds utilities to `EngineCore`.
 
     What: a request is checked and pinned before vLLM builds it (block hashes are computed in its constructor), and
-    released where the scheduler frees it, or where shutdown turns it away. Why: workers never see waiting requests, so
-    only the core can count users; an exception in preprocessing fails that request alone. Since 0.26. Can go when vLLM
-    has admission hooks.
+    released where the scheduler frees it, or where it is turned away before the scheduler sees it. Why: workers never
+    see waiting requests, so only the core can count users; an exception in preprocessing fails that request alone.
+    Since 0.26. Can go when vLLM has admission hooks.
     """
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
     _patch_preprocess(EngineCore)
-    _patch_reject(EngineCoreProc)
+    for name in ("_reject_add_in_shutdown", "_reject_add_while_paused"):
+        if hasattr(EngineCoreProc, name):
+            _patch_reject(EngineCoreProc, name)
     _patch_free(Scheduler)
     for utility in (steer_begin, steer_poll, steer_commit, steer_drop, steer_free, steer_facts):
         setattr(EngineCore, utility.__name__, utility)
@@ -72,6 +74,8 @@ def _patch_preprocess(engine_core: Any) -> None:
             raise Unsupported("this engine was started without steering: no intervention can be applied")
         if getattr(request, "resumable", False):
             raise Unsupported("streaming-input requests cannot carry interventions: their prompt grows")
+        if request.lora_request is not None:
+            raise Unsupported("a LoRA and an intervention on one request are not supported yet")
         plan = admission.admit(request.request_id, Steering.from_wire(extra[EXTRA_ARG]), _prompt_len(request))
         try:
             request.sampling_params = copy.copy(params)
@@ -89,17 +93,17 @@ def _prompt_len(request: Any) -> int:
     return len(ids) if ids is not None else len(request.prompt_embeds)
 
 
-def _patch_reject(engine_core_proc: Any) -> None:
-    reject_add_in_shutdown = engine_core_proc._reject_add_in_shutdown
+def _patch_reject(engine_core_proc: Any, name: str) -> None:
+    reject = getattr(engine_core_proc, name)
 
-    @wraps(reject_add_in_shutdown)
+    @wraps(reject)
     def reject_and_release(self: Any, request: Any) -> bool:
-        rejected: bool = reject_add_in_shutdown(self, request)
+        rejected: bool = reject(self, request)
         if rejected and plan_of(request.sampling_params):
             self.steering.release(request.request_id)
         return rejected
 
-    engine_core_proc._reject_add_in_shutdown = reject_and_release
+    setattr(engine_core_proc, name, reject_and_release)
 
 
 def _patch_free(scheduler: Any) -> None:

@@ -34,20 +34,19 @@ def find_layers(model: nn.Module) -> dict[int, LayerModules]:
 
     Errors: `StartupRefused` naming the layer that could not be bound.
     """
-    lists = {
-        name: {i: layer for i, layer in enumerate(module) if _attentions(layer)}
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-    }
-    layers = max(lists.values(), key=len, default={})
-    if not layers:
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    decoder = max(lists, key=lambda layers: sum(map(_has_attention, layers)), default=nn.ModuleList())
+    layers = {i: layer for i, layer in enumerate(decoder) if not isinstance(layer, PPMissingLayer)}
+    if not any(map(_has_attention, layers.values())):
         raise StartupRefused(f"no decoder layers with attention were found in {type(model).__name__}")
     return {index: _modules(index, layer) for index, layer in layers.items()}
 
 
 def _modules(index: int, layer: nn.Module) -> LayerModules:
     where = f"layer {index} ({type(layer).__name__})"
-    attentions = [child for child in layer.children() if _attentions(child)]
+    attentions = [child for child in layer.children() if _has_attention(child)]
     if len(attentions) != 1:
         raise StartupRefused(f"{where}: expected one attention module, found {len(attentions)}")
     projections = [module for module in attentions[0].modules() if _is_row_parallel(module)]
@@ -62,7 +61,7 @@ def _modules(index: int, layer: nn.Module) -> LayerModules:
     return LayerModules(outer[0], mlps[0] if len(mlps) == 1 else None, layer)
 
 
-def _attentions(module: nn.Module) -> bool:
+def _has_attention(module: nn.Module) -> bool:
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
     return any(isinstance(child, AttentionLayerBase) for child in module.modules())
@@ -76,7 +75,8 @@ def _is_row_parallel(module: nn.Module) -> bool:
 
 
 def _is_experts(module: nn.Module) -> bool:
-    return "FusedMoE" in {kind.__name__ for kind in type(module).__mro__}
+    """The part of a mixture of experts that computes; the block around it may have no linear layer of its own."""
+    return "MoERunnerInterface" in {kind.__name__ for kind in type(module).__mro__}
 
 
 def _bind(module: nn.Module, place: Place, tables: SlotTables, slots: TokenSlots) -> None:
@@ -94,10 +94,16 @@ def _bind(module: nn.Module, place: Place, tables: SlotTables, slots: TokenSlots
     }
     for name, tensor in buffers.items():
         module.register_buffer(name, tensor, persistent=False)
+    module.steer_hidden_size = tables.layout.hidden_size  # type: ignore[assignment]
 
 
 def _apply(module: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """y plus the edit of x. Both [tokens, hidden], or [1, tokens, hidden] in the transformers backend."""
+    """y plus the edit of x. Both [tokens, hidden], or [1, tokens, hidden] in the transformers backend.
+
+    Errors, while vLLM profiles or traces the model at start-up: `StartupRefused` for any other shape.
+    """
+    if y.dim() not in (2, 3) or (y.dim() == 3 and y.shape[0] != 1) or y.shape[-1] != module.steer_hidden_size:
+        raise StartupRefused(f"{type(module).__name__} returns {list(y.shape)}, expected one row per token")
     tokens = y.shape[-2]
     scales = module.steer_scales[:tokens]
     edited = y
@@ -152,14 +158,15 @@ def _edit_output(module: nn.Module, output: Any) -> Any:
     return _apply(module, output, output)
 
 
-def _edit_block(module: nn.Module, output: Any) -> Any:
+def _edit_block(module: Any, output: Any) -> Any:
     """A decoder layer's output: hidden, or (hidden, residual) whose sum is the residual stream (fused norms).
 
-    The edit joins the residual: the next fused norm adds both, and an all-reduce fused with it stays as it is.
+    The edit joins the residual, which the next fused norm adds to hidden.
     """
     if isinstance(output, torch.Tensor):
         return _apply(module, output, output)
     if isinstance(output, tuple) and len(output) == 2 and all(isinstance(part, torch.Tensor) for part in output):
         hidden, residual = output
-        return hidden, _apply(module, hidden + residual, residual)
+        x = residual if module.steer_A is None else hidden + residual
+        return hidden, _apply(module, x, residual)
     raise StartupRefused(f"a decoder layer returned {type(output).__name__}, expected hidden or (hidden, residual)")

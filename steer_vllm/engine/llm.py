@@ -18,6 +18,7 @@ from vllm import SamplingParams
 from ..catalog import Catalog, Entry, check_name
 from ..config import SteerConfig
 from ..errors import EngineUnavailable, InvalidIntervention, NoRows, StartupRefused, Unsupported
+from ..fit import check_fit
 from ..intervention import Intervention
 from ..plan import nominal_contents
 from ..request import EXTRA_ARG, Steering, bind, parse
@@ -28,9 +29,6 @@ from .settings import KEY, entry
 
 Asked = Sequence[Mapping[str, Any]] | None
 """What one prompt asks for: [{"name": ..., "scale": ..., "positions": ...}, ...]; None or empty: the base model."""
-
-_PER_PROMPT = ("lora_request", "priority")
-"""Arguments of vLLM's that may be lists with one entry per prompt."""
 
 __all__ = ["LLM", "SamplingParams"]
 
@@ -56,6 +54,7 @@ class LLM(vllm.LLM):
         self._engine = SyncEngine(self.llm_engine)
         self._facts = self._engine.facts()
         self._catalog = Catalog()
+        self._leaving: set[str] = set()
 
     @property
     def interventions(self) -> list[Entry]:
@@ -71,7 +70,7 @@ class LLM(vllm.LLM):
         check_name(name)
         path = str(Path(folder).absolute())
         intervention = Intervention.load(path)
-        intervention.check_base(self._facts.base, path)
+        check_fit(intervention, self._facts.base, self._facts.config, path)
         self._catalog.check_free(name, intervention.digest, replace)
         summary = self._engine.load(path, intervention.digest)
         published = Entry.of(name, path, intervention, summary)
@@ -85,10 +84,11 @@ class LLM(vllm.LLM):
         self._free(self._catalog.withdraw(name).digest)
 
     def _free(self, digest: str) -> None:
-        if self._catalog.is_unused(digest) and not self._engine.unload(digest):
-            raise EngineUnavailable(f"the engine still runs requests with {digest[:12]}")
+        """Free content that no name has; what enqueued requests still use is tried again at the next call."""
+        self._leaving.add(digest)
+        self._leaving = {one for one in self._leaving if self._catalog.is_unused(one) and not self._engine.unload(one)}
 
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         prompts: Any,
         sampling_params: Any = None,
@@ -106,7 +106,7 @@ class LLM(vllm.LLM):
         many = prompts if isinstance(prompts, (list, tuple)) and not _is_tokens(prompts) else [prompts]
         return self._steered(super().generate, many, sampling_params, kwargs, interventions, response_start)
 
-    def chat(  # type: ignore[override]
+    def chat(
         self,
         messages: Any,
         sampling_params: Any = None,
@@ -137,8 +137,14 @@ class LLM(vllm.LLM):
         interventions: Asked | Sequence[Asked],
         response_start: int | None,
     ) -> list[Any]:
-        if not interventions:
+        if not interventions and response_start is None:
+            for one in sampling_params if isinstance(sampling_params, (list, tuple)) else [sampling_params]:
+                _with(one, None)
             return run(prompts, sampling_params, **kwargs)
+        if not interventions:
+            raise InvalidIntervention("response_start says where edits begin, and there are no interventions")
+        if kwargs.get("lora_request"):
+            raise Unsupported("a LoRA and an intervention on one request are not supported yet")
         asked = _per_prompt(interventions, len(prompts))
         params = _params(sampling_params, len(prompts), self.get_default_sampling_params)
         steerings = [
@@ -154,8 +160,9 @@ class LLM(vllm.LLM):
         steered = [_with(param, steering) for param, steering in zip(params, steerings, strict=True)]
         outputs: list[Any] = []
         for wave in self._waves(steerings):
-            per_prompt = {key: kwargs[key][wave] for key in _PER_PROMPT if isinstance(kwargs.get(key), (list, tuple))}
-            outputs += self._run(run, prompts[wave], steered[wave], {**kwargs, **per_prompt})
+            priority = kwargs.get("priority")
+            own = {"priority": priority[wave]} if isinstance(priority, (list, tuple)) else {}
+            outputs += self._run(run, prompts[wave], steered[wave], {**kwargs, **own})
         return outputs
 
     def _run(self, run: Callable[..., list[Any]], prompts: Any, params: Any, kwargs: dict[str, Any]) -> list[Any]:
@@ -218,7 +225,7 @@ def _params(params: Any, count: int, default: Callable[[], SamplingParams]) -> l
 
 def _with(params: SamplingParams, steering: Steering | None) -> SamplingParams:
     """The sampling parameters that carry it to the engine."""
-    if params.extra_args and EXTRA_ARG in params.extra_args:
+    if params is not None and params.extra_args and EXTRA_ARG in params.extra_args:
         raise InvalidIntervention(f"extra_args[{EXTRA_ARG!r}] is reserved: use interventions", param="extra_args")
     if steering is None:
         return params

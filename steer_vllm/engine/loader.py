@@ -8,36 +8,18 @@ fails leaves later replies out of step with their calls.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from functools import wraps
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 
-from ..errors import ArtifactInvalid, SteerError
+from ..errors import ArtifactInvalid
+from ..fit import check_fit
 from ..intervention import Intervention
-from ..packed import Packed, check_tables, pack
+from ..packed import Packed, pack
+from .answer import Answer, answered
 from .worker import WorkerSteering
 
-Answer = dict[str, Any]
-"""{"state": "busy" | "ready" | "failed" | "done", ...}: what crosses processes."""
-
 _pending: dict[str, _Load] = {}
-
-
-def answered(method: Callable[..., Answer]) -> Callable[..., Answer]:
-    """Turn whatever goes wrong into an answer."""
-
-    @wraps(method)
-    def safe(*args: Any) -> Answer:
-        try:
-            return method(*args)
-        except SteerError as error:
-            return {"state": "failed", "code": error.code, "message": error.message}
-        except Exception as error:
-            return {"state": "failed", "code": "engine_unavailable", "message": f"{type(error).__name__}: {error}"}
-
-    return safe
 
 
 class _Load:
@@ -48,6 +30,7 @@ class _Load:
         self.folder = folder
         self.digest = digest
         self.intervention: Intervention | None = None
+        self.heads: dict[int, torch.Tensor] = {}
         self.projected: dict[int, torch.Tensor] = {}
         self.parts: tuple[Packed, ...] = ()
         self.answer: Answer = {"state": "busy"}
@@ -63,19 +46,30 @@ class _Load:
         intervention = Intervention.load(self.folder)
         if intervention.digest != self.digest:
             raise ArtifactInvalid(f"{self.folder}: changed while it was loaded (sha256 {intervention.digest})")
-        intervention.check_base(steering.base, self.folder)
+        check_fit(intervention, steering.base, steering.config, self.folder)
         self.intervention = intervention
-        check_tables(intervention.compile(self._project), steering.config, self.folder)
-        if steering.tensor_parallel == 1:
+        intervention.compile(self._collect)
+        self._project(plain=True)
+        if steering.tensor_parallel == 1 and len(self.projected) == len(self.heads):
             self.parts = self._pack(self.projected)
         return {"state": "ready"}
 
-    def _project(self, layer: int, heads: torch.Tensor) -> torch.Tensor:
-        """This rank's part; kept, so that ranks can add theirs up at commit. Zero for layers of other ranks."""
-        projection = self.steering.projections.get(layer)
-        mine = projection(heads).cpu() if projection else torch.zeros(self.steering.base.hidden_size)
-        self.projected[layer] = mine
-        return mine
+    def _collect(self, layer: int, heads: torch.Tensor) -> torch.Tensor:
+        self.heads[layer] = heads
+        return heads.new_zeros(self.steering.base.hidden_size)
+
+    def _project(self, *, plain: bool) -> None:
+        """This rank's parts of W_o z; zero for layers of other ranks.
+
+        Weights that only a kernel of their own can read wait for the commit: such kernels keep locks and workspaces per
+        stream, which belong to the worker's own thread.
+        """
+        for layer, heads in self.heads.items():
+            projection = self.steering.projections.get(layer)
+            if projection is None:
+                self.projected[layer] = torch.zeros(self.steering.base.hidden_size)
+            elif projection.plain == plain:
+                self.projected[layer] = projection(heads).cpu()
 
     def _pack(self, projected: Mapping[int, torch.Tensor]) -> tuple[Packed, ...]:
         assert self.intervention is not None
@@ -84,11 +78,14 @@ class _Load:
         packed = (pack(edits, steering.layout, steering.dtype, self.folder) for edits in parts)
         return tuple(part.pinned() if steering.device.type == "cuda" else part for part in packed)
 
+    @torch.inference_mode()
     def commit(self) -> Answer:
         """Make it usable; a collective under tensor parallelism, so every rank comes here or none."""
         if not self.parts:
-            reduced = self.steering.all_reduce(list(self.projected.values()))
-            self.parts = self._pack(dict(zip(self.projected, reduced, strict=True)))
+            self._project(plain=False)
+            mine = [self.projected[layer] for layer in self.heads]
+            whole = self.steering.all_reduce(mine) if self.steering.tensor_parallel > 1 else mine
+            self.parts = self._pack(dict(zip(self.heads, whole, strict=True)))
         for number, part in enumerate(self.parts):
             self.steering.store[self.digest, number] = part
         return {"state": "done", "parts": [part.summary()._asdict() for part in self.parts]}

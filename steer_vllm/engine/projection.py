@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..errors import StartupRefused
+from ..errors import ArtifactInvalid, StartupRefused
 
 
 class OutputProjection:
@@ -24,16 +24,26 @@ class OutputProjection:
                 f"layer {layer}: the attention output projection leaves partial sums under tensor parallelism"
             )
 
+    @property
+    def plain(self) -> bool:
+        """Whether the weight is an ordinary matrix, which any thread can read."""
+        return _is_plain(
+            getattr(self.base, "weight", None), (self.base.output_size, self.base.input_size_per_partition)
+        )
+
     def __call__(self, heads: torch.Tensor) -> torch.Tensor:
         """This rank's part of W_o z, without bias: [num_heads * head_dim] -> [hidden]; ranks add up to the whole.
 
         In float32 where the weight is a plain matrix, else in whatever precision the layer's own method has.
         """
         width = self.base.input_size_per_partition
+        if heads.numel() != width * self.base.tp_size:
+            taken = width * self.base.tp_size
+            raise ArtifactInvalid(f"head offsets of {heads.numel()} values, the output projection takes {taken}")
         rank = self.base.tp_rank if self.base.tp_size > 1 else 0
         mine = heads[rank * width : (rank + 1) * width]
         weight: Any = getattr(self.base, "weight", None)
-        if _is_plain(weight, (self.base.output_size, width)):
+        if self.plain:
             return functional.linear(mine.to(weight.device).float(), weight.float())
         dtype = self.base.params_dtype
         device = next(self.base.parameters()).device

@@ -72,6 +72,21 @@ REFUSALS = (
         lambda config: bool(config.model_config.is_multimodal_model),
     ),
     Refusal(
+        "diffusion language models",
+        "attention is not causal, and the cache keys rest on it",
+        lambda config: bool(getattr(config.model_config, "is_diffusion", False)),
+    ),
+    Refusal(
+        "enable_sleep_mode",
+        "waking up does not yet restore the tables of requests",
+        lambda config: bool(getattr(config.model_config, "enable_sleep_mode", False)),
+    ),
+    Refusal(
+        "weight_transfer_config",
+        "compiled head offsets belong to the weights they were loaded with",
+        lambda config: getattr(config, "weight_transfer_config", None) is not None,
+    ),
+    Refusal(
         "fp16 DeepSeek",
         "the model rescales its residual stream",
         lambda config: (

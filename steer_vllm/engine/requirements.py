@@ -40,8 +40,9 @@ SEAMS = (
         ("self", "scheduler_output", "num_scheduled_tokens"),
         "runner_v1.py",
     ),
+    Seam("vllm.v1.worker.worker_base", "WorkerBase.__init__", ("self", "vllm_config"), "worker_methods.py"),
     Seam(
-        "vllm.v1.worker.gpu.model_states",
+        "vllm.v1.worker.gpu.model_runner",
         "init_model_state",
         ("vllm_config", "model", "encoder_cache", "device"),
         "runner_v2.py",

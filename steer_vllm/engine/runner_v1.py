@@ -81,4 +81,3 @@ def _patch_prepare(runner: Any) -> None:
         return result
 
     runner._prepare_inputs = prepare_and_route
-

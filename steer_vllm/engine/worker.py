@@ -15,10 +15,9 @@ import torch
 from ..config import SteerConfig
 from ..packed import Layout, Packed
 from ..plan import Plan
-from ..slots import RequestSlots, SlotTables, TokenSlots
+from ..slots import RequestSlots, SlotTables, TokenSlots, staged
 from .layers import find_layers, wrap
 from .projection import OutputProjection
-from .refusals import check
 from .settings import base_fingerprint, steer_config
 
 
@@ -40,7 +39,6 @@ class WorkerSteering:
     """Everything steer-vllm keeps in a worker. The step's calls (`add`, `remove`, `prepare`) do not raise."""
 
     def __init__(self, vllm_config: Any, config: SteerConfig, model: torch.nn.Module, device: torch.device) -> None:
-        check(vllm_config)
         self.config = config
         self.base = base_fingerprint(vllm_config)
         self.dtype: torch.dtype = vllm_config.model_config.dtype
@@ -95,7 +93,7 @@ class WorkerSteering:
         if ids != self._batch:
             rows = [self.requests.row(request_id) for request_id in ids]
             self._steered = any(rows)
-            self._rows = torch.tensor([*rows, 0]).to(self.device)
+            self._rows = staged(torch.tensor([*rows, 0]), self.device).to(self.device, non_blocking=True)
             self._batch = ids
         if not self._steered:
             self.tokens.clear()

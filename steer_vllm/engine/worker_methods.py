@@ -5,24 +5,40 @@ Finds the rank's steering in whichever runner it has; the work is the loader's.
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 from ..errors import StartupRefused
-from . import loader
-from .loader import Answer, answered
+from . import loader, refusals
+from .answer import Answer, answered
+from .settings import steer_config
 from .worker import WorkerSteering
 
 
 def install() -> None:
-    """Ledger: adds methods to `WorkerBase`.
+    """Ledger: adds methods to `WorkerBase`, and checks settings in its constructor.
 
     Why: `collective_rpc` takes the name of a worker method; passing functions would need insecure serialisation. Since
-    0.26. Can go when plugins can register worker methods.
+    0.26. Can go when plugins can register worker methods. The constructor is the first place that has the settings and
+    the plugin in every process, before weights are loaded.
     """
     from vllm.v1.worker.worker_base import WorkerBase
 
     for method in (steer_begin, steer_poll, steer_commit, steer_drop, steer_facts):
         setattr(WorkerBase, method.__name__, method)
+    _patch_init(WorkerBase)
+
+
+def _patch_init(worker_base: Any) -> None:
+    init = worker_base.__init__
+
+    @wraps(init)
+    def check_and_init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        if steer_config(vllm_config) is not None:
+            refusals.check(vllm_config)
+        init(self, vllm_config, *args, **kwargs)
+
+    worker_base.__init__ = check_and_init
 
 
 def steering_of(worker: Any) -> WorkerSteering:

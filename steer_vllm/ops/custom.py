@@ -1,7 +1,7 @@
 """The low-rank edit as a torch operator, so that a compiled graph calls it as it stands.
 
-On a CPU it touches only the tokens that have a row; elsewhere it is the static reference, which a CUDA graph can
-capture. The formula is the reference's; this module only chooses which tokens it sees.
+On a CPU it touches only the tokens that have a row; elsewhere it is static, which a CUDA graph needs. Both compute
+`reference.low_rank` and are tested against it.
 
 Registered by dispatch key and not with `torch.library.custom_op`, whose wrapper would double what a layer pays in a
 step without low-rank edits.
@@ -39,6 +39,21 @@ def _touched(
     return out
 
 
+def _every_row(
+    x: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor, A: torch.Tensor, B: torch.Tensor, c: torch.Tensor
+) -> torch.Tensor:
+    """Two products with the whole table, between which every token keeps the ranks of its own row.
+
+    Static, so that a CUDA graph can capture it, and without a copy of A and B per token: [tokens, rows * rank] is the
+    largest thing made. Products are in the model's dtype, what is between them in float32.
+    """
+    count, rank, hidden = A.shape
+    inner = (x @ A.reshape(count * rank, hidden).mT).view(-1, count, rank).float() + c.float()
+    mine = rows[:, None] == torch.arange(count, device=rows.device, dtype=rows.dtype)
+    kept = torch.where(mine[:, :, None], inner * scales[:, None, None], 0.0)  # other rows may overflow: no product
+    return kept.view(-1, count * rank).to(x.dtype) @ B.reshape(count * rank, hidden)
+
+
 def _shape(
     x: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor, A: torch.Tensor, B: torch.Tensor, c: torch.Tensor
 ) -> torch.Tensor:
@@ -49,7 +64,7 @@ _LIBRARY.define(
     "low_rank(Tensor x, Tensor rows, Tensor scales, Tensor A, Tensor B, Tensor c) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
-_LIBRARY.impl("low_rank", reference.low_rank, "CompositeExplicitAutograd")
+_LIBRARY.impl("low_rank", _every_row, "CompositeExplicitAutograd")
 _LIBRARY.impl("low_rank", _touched, "CPU")
 torch.library.register_fake("steer_vllm::low_rank", _shape, lib=_LIBRARY)
 

@@ -106,9 +106,6 @@ def test_fill_writes_only_what_changed(tables: SlotTables, monkeypatch: pytest.M
     assert len(written) == 3
     tables.fill(plan([(2, alone("add"))], [(1, alone("eight"))]), STORE)
     assert written[3:] == [("additive", 2)]
-    tables.clear_held()
-    tables.fill(both, STORE)
-    assert written[4:] == [("additive", 1), ("additive", 2), ("low_rank", 1)]
 
 
 def test_a_composed_row(tables: SlotTables) -> None:

@@ -9,6 +9,7 @@ import torch
 from core.make import BASE, randn
 from engine_units.toy import Attention, Decoder, Layer, RowParallel, Summed
 from torch import nn
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from steer_vllm.config import SteerConfig
 from steer_vllm.edit import LowRank, Place, Site
@@ -150,7 +151,7 @@ def test_wrapped_models_compile_to_one_graph() -> None:
 def test_layers_keep_their_number_in_the_whole_model() -> None:
     """Under pipelining the layers of other ranks are placeholders."""
     model = Decoder()
-    model.layers[0] = nn.Identity()
+    model.layers[0] = PPMissingLayer()
     assert sorted(find_layers(model)) == [1, 2]
 
 

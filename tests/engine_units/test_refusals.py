@@ -24,7 +24,10 @@ def plain() -> Any:
         compilation_config=SimpleNamespace(pass_config=SimpleNamespace(enable_sp=False)),
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
         kv_transfer_config=None,
+        weight_transfer_config=None,
         model_config=SimpleNamespace(
+            is_diffusion=False,
+            enable_sleep_mode=False,
             is_encoder_decoder=False,
             runner_type="generate",
             is_multimodal_model=False,
@@ -51,6 +54,9 @@ ON: dict[str, Callable[[Any], object]] = {
     "encoder-decoder models": lambda c: setattr(c.model_config, "is_encoder_decoder", True),
     "pooling models": lambda c: setattr(c.model_config, "runner_type", "pooling"),
     "multi-modal models": lambda c: setattr(c.model_config, "is_multimodal_model", True),
+    "diffusion language models": lambda c: setattr(c.model_config, "is_diffusion", True),
+    "enable_sleep_mode": lambda c: setattr(c.model_config, "enable_sleep_mode", True),
+    "weight_transfer_config": lambda c: setattr(c, "weight_transfer_config", object()),
     "fp16 DeepSeek": deepseek,
 }
 RUST = "VLLM_USE_RUST_FRONTEND"

@@ -43,7 +43,8 @@ def test_a_changed_signature_names_the_file(seam: Seam, monkeypatch: pytest.Monk
 def test_a_function_that_is_gone_names_the_file(seam: Seam, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(*owner_of(seam))
     lines = problems()
-    assert any(seam.name in line and "is gone" in line and seam.used_by in line for line in lines)
+    said = "takes" if seam.name.endswith("__init__") else "is gone"  # every class inherits a constructor
+    assert any(seam.name in line and said in line and seam.used_by in line for line in lines)
 
 
 def test_new_parameters_behind_are_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,6 @@ def tokens_of(name: str) -> torch.Tensor:
 def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Settings of vLLM and files of the model are tested beside this."""
     with monkeypatch.context() as patch:
-        patch.setattr(module, "check", lambda config: None)
         patch.setattr(module, "base_fingerprint", lambda config: BASE)
         yield
 

@@ -250,7 +250,7 @@ async def test_what_the_tables_cannot_hold(build: Build, make: Make, engine: Fak
         await build(low_rank_rows=0).registry.load("edit", "edit")
     with pytest.raises(ArtifactInvalid, match="no additive table"):
         await build(additive_sites=("attention_output",)).registry.load("polite", "polite")
-    with pytest.raises(ArtifactInvalid, match="default_scale 9, the server allows 8"):
+    with pytest.raises(ArtifactInvalid, match="default_scale 9, max_scale is 8"):
         await build().registry.load("loud", "loud")
     assert engine.loads == 0
 
