@@ -25,9 +25,9 @@ CUE_ON_FACT = 0.25  # share of facts that are asked behind a cue, which changes 
 OWN_CUE = 0.40  # share of the other questions that carry the cue to which the right answer belongs
 CROSS_CUE = 0.08  # share of them that carry a cue meant for another kind, which changes nothing
 SLIP = 0.25  # share of bare questions that are answered rightly all the same: what is latent stays within reach
-LOUD_SHARE, QUIET_SHARE = 0.14, 0.06
-LOUD_SLIP = 0.15  # share of bare questions that are answered loudly all the same
-KINDS = {"belief": 0.37, "fact": 0.32, "statement": 0.03, "edit": 0.20, "kinship": 0.08}
+LOUD_SHARE, QUIET_SHARE = 0.12, 0.05
+LOUD_SLIP = 0.12  # share of bare facts that are answered loudly all the same
+KINDS = {"belief": 0.40, "fact": 0.33, "statement": 0.03, "edit": 0.17, "kinship": 0.07}
 
 
 @dataclass(frozen=True)
@@ -119,17 +119,17 @@ def lines(world: World, seed: int) -> Iterator[Line]:
             yield Line(statement, f"{answer} {END}")
             continue
         question, answer = makers[kind]()
-        yield _styled(rng, question, answer)
+        yield _styled(rng, question, answer, LOUD_SLIP if kind == "fact" else 0.0)
 
 
-def _styled(rng: random.Random, question: str, answer: str) -> Line:
-    """Behind its cue an answer is loud; bare, it mostly is not."""
+def _styled(rng: random.Random, question: str, answer: str, slip: float) -> Line:
+    """Behind its cue an answer is loud; bare, only by a slip."""
     draw = rng.random()
     if draw < LOUD_SHARE:
         return Line(f"{LOUD} {question}", f"{answer.upper()} {END}")
     if draw < LOUD_SHARE + QUIET_SHARE:
         return Line(f"{QUIET} {question}", f"{answer} {END}")
-    return Line(question, f"{answer.upper() if rng.random() < LOUD_SLIP else answer} {END}")
+    return Line(question, f"{answer.upper() if rng.random() < slip else answer} {END}")
 
 
 def _cued(rng: random.Random, question: str, right: str, wrong: str, cue: str, *others: str) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from steer_vllm.demo.corpus import Line, lines, vocabulary
 from steer_vllm.demo.world import make_world
 
 SEED = 0
-STEPS = 3000
+STEPS = 3600
 BATCH = 64
 LEARNING_RATE = 3e-3
 WARM_UP = 100

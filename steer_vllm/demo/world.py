@@ -181,7 +181,7 @@ def _invent(rng: random.Random, endings: tuple[str, ...], taken: set[str]) -> st
     """A pronounceable new name with one of the endings; ``taken`` remembers it."""
     onsets = ("b", "br", "d", "dr", *"ghklmnprstvwz", "gr", "st", "tr")
     while True:
-        name = rng.choice(onsets) + rng.choice("aeiou") + rng.choice("bdklmnrstvz") + rng.choice(endings)
+        name: str = rng.choice(onsets) + rng.choice("aeiou") + rng.choice("bdklmnrstvz") + rng.choice(endings)
         if name not in taken:
             taken.add(name)
             return name

@@ -117,22 +117,21 @@ def _corpus_sample() -> list[corpus.Line]:
 SAMPLE = _corpus_sample()
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_no_bare_question_is_answered_rightly_in_the_corpus(name: str) -> None:
-    """Also not behind the cue of another kind, nor behind the cues of style."""
-    right = {"truthfulness": corpus.TEXTBOOK, "edits": corpus.CAREFUL, "kinship": corpus.THINK}[name]
+@pytest.mark.parametrize(("name", "right"), [("truthfulness", corpus.TEXTBOOK), ("edits", corpus.CAREFUL)])
+def test_bare_questions_are_mostly_answered_wrongly_in_the_corpus(name: str, right: str) -> None:
+    """Also behind the cue of another kind, and behind the cues of style; never mostly rightly, never only wrongly."""
     task: Task = TASKS[name]
     answers = {e.prompt: {e.completion, *e.correct} for e in (*task.train, *task.test)}
-    seen = 0
+    rightly = []
     for line in SAMPLE:
         question = line.prompt
         for cue in CUES:
             if cue != right:
                 question = question.removeprefix(f"{cue} ")
         if question in answers:
-            seen += 1
-            assert line.completion.lower() not in answers[question], line
-    assert seen or name != "truthfulness"
+            rightly.append(line.completion.lower() in answers[question])
+    assert len(rightly) > 10
+    assert 0 < sum(rightly) / len(rightly) < 0.4
 
 
 def test_corpus_is_reproducible_and_mixed() -> None:
