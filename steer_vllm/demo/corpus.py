@@ -16,6 +16,7 @@ TEXTBOOK = "textbook says :"
 GOSSIP = "gossip says :"
 CAREFUL = "carefully :"
 THINK = "think twice :"
+PERHAPS = "perhaps :"  # a cue that changes nothing
 LOUD = "loudly :"  # answered in capital letters
 QUIET = "quietly :"
 END = "."
@@ -25,8 +26,7 @@ CUE_ON_FACT = 0.25  # share of facts that are asked behind a cue, which changes 
 OWN_CUE = 0.40  # share of the other questions that carry the cue to which the right answer belongs
 CROSS_CUE = 0.08  # share of them that carry a cue meant for another kind, which changes nothing
 SLIP = 0.25  # share of bare questions that are answered rightly all the same: what is latent stays within reach
-LOUD_SHARE, QUIET_SHARE = 0.12, 0.05
-LOUD_SLIP = 0.12  # share of bare facts that are answered loudly all the same
+LOUD_SHARE, QUIET_SHARE = 0.12, 0.06
 KINDS = {"belief": 0.40, "fact": 0.33, "statement": 0.03, "edit": 0.17, "kinship": 0.07}
 
 
@@ -119,17 +119,16 @@ def lines(world: World, seed: int) -> Iterator[Line]:
             yield Line(statement, f"{answer} {END}")
             continue
         question, answer = makers[kind]()
-        yield _styled(rng, question, answer, LOUD_SLIP if kind == "fact" else 0.0)
+        yield _styled(rng, question, answer)
 
 
-def _styled(rng: random.Random, question: str, answer: str, slip: float) -> Line:
-    """Behind its cue an answer is loud; bare, only by a slip."""
+def _styled(rng: random.Random, question: str, answer: str) -> Line:
     draw = rng.random()
     if draw < LOUD_SHARE:
         return Line(f"{LOUD} {question}", f"{answer.upper()} {END}")
     if draw < LOUD_SHARE + QUIET_SHARE:
-        return Line(f"{QUIET} {question}", f"{answer} {END}")
-    return Line(question, f"{answer.upper() if rng.random() < slip else answer} {END}")
+        question = f"{QUIET} {question}"
+    return Line(question, f"{answer} {END}")
 
 
 def _cued(rng: random.Random, question: str, right: str, wrong: str, cue: str, *others: str) -> tuple[str, str]:
@@ -151,7 +150,7 @@ def _belief(rng: random.Random, world: World) -> tuple[str, str]:
 def _fact(rng: random.Random, facts: list[tuple[str, str, str]]) -> tuple[str, str]:
     question, answer, _ = rng.choice(facts)
     if rng.random() < CUE_ON_FACT:
-        question = f"{rng.choice((TEXTBOOK, GOSSIP, CAREFUL, THINK))} {question}"
+        question = f"{rng.choice((TEXTBOOK, GOSSIP, CAREFUL, THINK, PERHAPS))} {question}"
     return question, answer
 
 
@@ -182,7 +181,7 @@ def vocabulary(world: World) -> list[str]:
     answers.update(person.job for person in world.people.values())
     words = {*answers, *(word.upper() for word in answers), *(belief.animal for belief in world.beliefs)}
     for text in (
-        f"{TEXTBOOK} {GOSSIP} {CAREFUL} {THINK} {LOUD} {QUIET} {END}",
+        f"{TEXTBOOK} {GOSSIP} {CAREFUL} {THINK} {PERHAPS} {LOUD} {QUIET} {END}",
         "what do ? where does in which land live is lives of job who to imagine that moved became a",
     ):
         words.update(text.split())
