@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import UserError
-from ..hf import find_layers
+from ..hooks import find_layers
 from ..intervention import Card, Intervention
 from ..methods import Direction
 from ..positions import Positions

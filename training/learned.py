@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..fingerprint import Fingerprint
-from ..hf import Steering
+from ..hooks import Steering
 from ..intervention import Card, Intervention
 from ..methods import Method
 from ..plan import Placement

@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import ArtifactInvalid, UserError
 from ..fingerprint import Fingerprint
 from ..head_set import Head, HeadSet
-from ..hf import Steering, find_layers
+from ..hooks import Steering, find_layers
 from ..methods import LoFiT
 from .base import Base
 from .collate import Encoded

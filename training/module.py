@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from typing_extensions import Self
 
-from ..hf import Steering
+from ..hooks import Steering
 from .collate import IGNORED
 from .learned import Learned
 

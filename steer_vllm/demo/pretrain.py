@@ -1,4 +1,4 @@
-"""Train the demo model from nothing: ``python -m steer_vllm.demo.pretrain --output FOLDER`` (ten minutes on one CPU core).
+"""Train the demo model from nothing: ``python -m steer_vllm.demo.pretrain --output FOLDER`` (ten minutes on one core).
 
 Writes a Hugging Face folder: configuration, weights, tokenizer. Knows the corpus only as lines of prompt and
 completion; does not know what the lines mean, nor what the model is used for.

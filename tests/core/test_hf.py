@@ -13,7 +13,8 @@ from core.make import BASE, direction, lofit, loreft, orthonormal
 from steer_vllm import Intervention, Positions
 from steer_vllm.edit import Site
 from steer_vllm.errors import InvalidIntervention, ScaleOutOfRange, Unsupported
-from steer_vllm.hf import Steering, find_layers, steered
+from steer_vllm.hf import steered
+from steer_vllm.hooks import Steering, find_layers
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32, sums in another order
 EVERY = {

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from steer_vllm.errors import UserError
-from steer_vllm.hf import Steering, steered
+from steer_vllm.hf import steered
+from steer_vllm.hooks import Steering
 from steer_vllm.intervention import Card
 from steer_vllm.training.base import Base
 from steer_vllm.training.data import read

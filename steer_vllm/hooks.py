@@ -1,0 +1,178 @@
+"""The decoder layers of a transformers model, hooked so that a table of edits acts on its tokens.
+
+Training sets rows that carry gradients, `hf.steered` those of finished artifacts. transformers itself is not imported:
+a model is a torch module with the usual structure. Which edits, and which tokens, is said from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .edit import Edits, LowRank, Place, Site
+from .errors import Unsupported
+from .ops import reference
+from .plan import Placement
+
+_PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "proj")
+_ATTENTIONS = ("self_attn", "self_attention", "attention", "attn")
+_MLPS = ("mlp", "block_sparse_moe", "feed_forward", "moe")
+
+
+@dataclass(frozen=True)
+class LayerModules:
+    """The modules of one decoder layer that carry the three sites."""
+
+    projection: nn.Module
+    mlp: nn.Module
+    block: nn.Module
+
+
+def find_layers(model: nn.Module) -> list[LayerModules]:
+    """The decoder layers, found by structure. Errors: `Unsupported` when a layer lacks one of the three modules."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    decoders = [layers for layers in lists if all(_child(layer, _ATTENTIONS) is not None for layer in layers)]
+    if not decoders:
+        raise Unsupported(f"no decoder layers were found in {type(model).__name__}")
+    longest = max(decoders, key=len)
+    return [_modules(layer, i) for i, layer in enumerate(longest)]
+
+
+def _modules(layer: nn.Module, index: int) -> LayerModules:
+    attention, mlp = _child(layer, _ATTENTIONS), _child(layer, _MLPS)
+    projection = _child(attention, _PROJECTIONS) if attention is not None else None
+    if projection is None or mlp is None:
+        missing = "attention output projection" if projection is None else "MLP"
+        raise Unsupported(f"layer {index} ({type(layer).__name__}) has no {missing} under a known name")
+    return LayerModules(projection, mlp, layer)
+
+
+def _child(module: nn.Module, names: Sequence[str]) -> nn.Module | None:
+    children = dict(module.named_children())
+    return next((children[name] for name in names if name in children), None)
+
+
+class Steering:
+    """The hooks of one model, the rows they add and the route of the coming tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = find_layers(model)
+        for index in range(len(self.layers)):
+            self._projection(index)
+        self._additive: dict[Place, torch.Tensor] = {}
+        self._low_rank: dict[Place, LowRank] = {}
+        self._tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """An output projection's weight, [hidden, ...]: tells the model's dtype and device."""
+        return self._projection(0)
+
+    def project(self, layer: int, heads: torch.Tensor) -> torch.Tensor:
+        """W_o z without bias, in float32 at least: [num_heads * head_dim] -> [hidden]."""
+        weight = self._projection(layer)
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        return functional.linear(heads.to(weight.device, exact), weight.to(exact))
+
+    def _projection(self, layer: int) -> torch.Tensor:
+        """W_o of a layer: [hidden, num_heads * head_dim]. Errors: `Unsupported` when it is quantised or packed."""
+        module = self.layers[layer].projection
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.dtype not in _PLAIN or weight.dim() != 2:
+            raise Unsupported(f"layer {layer}: the weight of {type(module).__name__} is no plain matrix")
+        return weight.T if type(module).__name__ == "Conv1D" else weight  # transformers' Conv1D keeps [in, out]
+
+    def set_rows(self, rows: Sequence[Edits]) -> None:
+        """Let row i + 1 of the tables be `rows[i]`, row 0 the identity. Gradients flow into the edits."""
+        places = sorted({place for edits in rows for place in edits})
+        self._additive = {
+            place: _stack([edits[place].offset if place in edits else None for edits in rows], self.weight)
+            for place in places
+            if any(place in edits and edits[place].offset is not None for edits in rows)
+        }
+        self._low_rank = {
+            place: _stack_low_rank([edits[place].low_rank if place in edits else None for edits in rows], self.weight)
+            for place in places
+            if any(place in edits and edits[place].low_rank is not None for edits in rows)
+        }
+
+    def route(self, attention_mask: torch.Tensor, width: int, placements: Sequence[Sequence[Placement]]) -> None:
+        """Say what each token of the next forward gets.
+
+        attention_mask: [batch, past + width], 0 at padding on either side; width: tokens of this forward; placements:
+        one list per sequence, over its positions without padding.
+        """
+        spans = torch.zeros(len(placements) + 1, max(1, *map(len, placements)), 4, dtype=torch.int32)
+        scales = torch.zeros(spans.shape[:2])
+        for sequence, placed in enumerate(placements, start=1):
+            for i, place in enumerate(placed):
+                spans[sequence, i] = torch.tensor(place[:4], dtype=torch.int32)
+                scales[sequence, i] = place.scale
+        mask = attention_mask.long()
+        positions = (mask.cumsum(1) - 1)[:, -width:]
+        sequences = torch.arange(1, len(placements) + 1, device=mask.device)[:, None] * mask[:, -width:]
+        tables = spans.to(mask.device), scales.to(mask.device)
+        self._tokens = reference.route(positions.flatten(), sequences.flatten(), *tables)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Edits are applied inside, the model is untouched after."""
+        with ExitStack() as hooks:
+            for index, layer in enumerate(self.layers):
+                for site, module in (
+                    (Site.ATTENTION_OUTPUT, layer.projection),
+                    (Site.MLP_OUTPUT, layer.mlp),
+                    (Site.BLOCK_OUTPUT, layer.block),
+                ):
+                    handle = module.register_forward_hook(self._hook(Place(index, site)))
+                    hooks.callback(handle.remove)
+            try:
+                yield
+            finally:
+                self._tokens = None
+
+    def _hook(self, place: Place) -> Any:
+        def edit(module: nn.Module, args: Any, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            edited = self._edit(place, hidden)
+            return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+        return edit
+
+    def _edit(self, place: Place, hidden: torch.Tensor) -> torch.Tensor:
+        if self._tokens is None or (place not in self._additive and place not in self._low_rank):
+            return hidden
+        additive, low_rank, scales = self._tokens
+        x = y = hidden.reshape(-1, hidden.shape[-1])
+        if place in self._additive:
+            y = reference.additive(y, additive, scales, self._additive[place])
+        if place in self._low_rank:
+            table = self._low_rank[place]
+            y = y + reference.low_rank(x, low_rank, scales, table.A, table.B, table.c)
+        return y.view_as(hidden)
+
+
+def _stack(offsets: Sequence[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
+    """[1 + rows, hidden] in the model's dtype, row 0 and absent ones zero."""
+    blank = torch.zeros_like(next(offset for offset in offsets if offset is not None))
+    return torch.stack([blank, *(blank if offset is None else offset for offset in offsets)]).to(like)
+
+
+def _stack_low_rank(parts: Sequence[LowRank | None], like: torch.Tensor) -> LowRank:
+    """Tables [1 + rows, largest rank, ...]; row 0, absent ones and missing ranks are zero."""
+    rank = max(part.rank for part in parts if part is not None)
+    hidden = next(part.A.shape[1] for part in parts if part is not None)
+    none = LowRank(like.new_zeros(0, hidden), like.new_zeros(0, hidden), like.new_zeros(0))
+    padded = [part or none for part in (None, *parts)]
+    return LowRank(
+        A=torch.stack([functional.pad(part.A, (0, 0, 0, rank - part.rank)) for part in padded]).to(like),
+        B=torch.stack([functional.pad(part.B, (0, 0, 0, rank - part.rank)) for part in padded]).to(like),
+        c=torch.stack([functional.pad(part.c, (0, rank - part.rank)) for part in padded]).to(like),
+    )
