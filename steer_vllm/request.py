@@ -119,6 +119,9 @@ def bind(
             f"{len(asks)} interventions on one request, at most {config.per_request} are served", param="interventions"
         )
     components = tuple(_component(ask, lookup(ask.name), config, f"interventions[{i}]") for i, ask in enumerate(asks))
+    for digest in {component.digest for component in components}:
+        total = sum(component.scale for component in components if component.digest == digest)
+        check_scale(total, config.max_scale, "interventions: the scales of one intervention together")
     if scored and response_start is None:
         unclear = [ask.name for ask, part in zip(asks, components, strict=True) if part.positions.needs_prompt_end]
         if unclear:

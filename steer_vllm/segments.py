@@ -53,8 +53,8 @@ def check_scale(scale: object, limit: float, param: str = "scale") -> float:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise InvalidIntervention(f"{param}: expected a number, got {scale!r}", param=param)
     if not abs(scale) <= limit:  # also catches NaN
-        given = repr(scale) if isinstance(scale, float) else f"a whole number of {scale.bit_length()} bits"
-        raise ScaleOutOfRange(f"{param}: {given} is not a finite number between -{limit:g} and {limit:g}", param=param)
+        given = repr(scale) if isinstance(scale, float) or abs(scale) < 1 << 64 else "a huge number"
+        raise ScaleOutOfRange(f"{param}: {given} is not a number between -{limit:g} and {limit:g}", param=param)
     return float(np.float32(scale))
 
 

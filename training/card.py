@@ -32,7 +32,7 @@ def model_card(name: str, intervention: Intervention, plots: Mapping[str, str]) 
     parts.append(
         "## Use\n\n"
         f"```bash\nsteer-vllm serve {card.base_model} --artifact {name}=PATH_OF_THIS_FOLDER\n```\n\n"
-        f"Then ask for the model `{card.base_model}:{name}`, or name it in the field "
+        f"Then ask for the model `base:{name}`, or name it in the field "
         f'`interventions: [{{"name": "{name}", "scale": 1.0}}]` of any request.\n\n'
         "In transformers:\n\n"
         "```python\nfrom steer_vllm import Intervention\nfrom steer_vllm.hf import steered\n\n"

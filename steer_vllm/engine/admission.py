@@ -39,11 +39,11 @@ class Admission:
         """Pin what the request needs and say where it is.
 
         Errors: `ArtifactInvalid` for content that is not loaded, `NoRows`, `InvalidIntervention` for a response_start
-        behind the prompt or positions that need other edits, and those of `plan.needs`. Nothing is pinned then.
+        beyond the prompt or positions that need other edits, and those of `plan.needs`. Nothing is pinned then.
         """
         start = steering.response_start
         if start is not None and start > prompt_len:
-            raise InvalidIntervention(f"response_start {start} is behind the prompt's {prompt_len} tokens")
+            raise InvalidIntervention(f"response_start {start} is beyond the prompt's {prompt_len} tokens")
         with self._lock:
             digests = frozenset(component.digest for component in steering.components)
             for digest in sorted(digests):

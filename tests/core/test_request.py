@@ -197,3 +197,12 @@ def test_the_wire_refuses_what_the_front_does_not_write(text: object) -> None:
     """Invariant: validated once more where the engine takes the request in; nothing there may raise anything else."""
     with pytest.raises((InvalidIntervention, ScaleOutOfRange)):
         Steering.from_wire(text)
+
+
+def test_repeating_a_name_does_not_go_beyond_the_scale_limit() -> None:
+    config = SteerConfig(max_scale=8.0)
+    twice = parse([{"name": "honest", "scale": 5.0}, {"name": "honest", "scale": 5.0}])
+    with pytest.raises(ScaleOutOfRange, match="together"):
+        bind(twice, lookup, config)
+    opposite = parse([{"name": "honest", "scale": 5.0}, {"name": "honest", "scale": -5.0}])
+    assert bind(opposite, lookup, config) is not None

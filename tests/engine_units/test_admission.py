@@ -90,7 +90,7 @@ def test_response_start_stands_for_the_prompts_length(admission: Admission) -> N
     plan = admission.admit("r", asks(("add", 1.0, "response"), start=4), 10)
     assert [p.start for p in plan.placements] == [3]
     assert admission.admit("s", asks(("add", 1.0, "response"), start=10), 10).placements[0].start == 9
-    with pytest.raises(InvalidIntervention, match="response_start 11 is behind the prompt's 10"):
+    with pytest.raises(InvalidIntervention, match="response_start 11 is beyond the prompt's 10"):
         admission.admit("t", asks(("add", 1.0, "response"), start=11), 10)
 
 
