@@ -65,10 +65,10 @@ def store(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         Intervention(method, tensors, base, Positions.parse(positions), card=Card("base")).save(folder / name)
 
     def offsets() -> torch.Tensor:
-        return torch.randn(len(heads), base.head_dim, generator=draw)
+        return 10 * torch.randn(len(heads), base.head_dim, generator=draw)
 
     def directions() -> torch.Tensor:
-        return torch.randn(len(layers), base.hidden_size, generator=draw)
+        return 3 * torch.randn(len(layers), base.hidden_size, generator=draw)
 
     wide = (1, len(layers), base.hidden_size, 4)
     save("honest", LoFiT(heads), "all", offsets=offsets())
@@ -210,7 +210,7 @@ def test_field(server: Server) -> None:
     assert server.ask(interventions=[]) == server.ask()
     assert server.ask(interventions=[{"name": "honest", "scale": 0}]) == server.ask()
     assert server.ask(interventions=[{"name": "honest", "scale": -1.5}]) != server.ask("base:honest")
-    both = [{"name": "honest", "scale": 0.5}, {"name": "edit", "positions": "f1+l3"}]
+    both = [{"name": "honest", "scale": 1.5}, {"name": "edit", "positions": "f1+l3"}]
     assert server.ask(interventions=both) not in (server.ask(), server.ask("base:honest"), server.ask("base:edit"))
 
 
