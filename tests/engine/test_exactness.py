@@ -15,7 +15,7 @@ from steer_vllm.fingerprint import Fingerprint
 
 from . import artifacts, engines, oracle
 
-MODEL_ENGINES = [engines.V1_EAGER, engines.V1_COMPILED, engines.V2]
+MODEL_ENGINES = [engines.V1_EAGER, engines.V1_COMPILED, engines.V2, engines.V2_TRACED]
 
 
 def batch(vocabulary: int) -> list[dict[str, Any]]:
