@@ -32,11 +32,14 @@ class LayerModules:
 def find_layers(model: nn.Module) -> dict[int, LayerModules]:
     """The decoder layers of this rank by their number in the whole model (others are placeholders under pipelining).
 
-    Errors: `StartupRefused` naming the layer that could not be bound.
+    In a multi-modal model, those of its language model. Errors: `StartupRefused` naming the layer that could not be
+    bound.
     """
     from vllm.model_executor.models.utils import PPMissingLayer
 
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    language_model = getattr(model, "get_language_model", None)
+    decoder_model = model if language_model is None else language_model()
+    lists = [module for module in decoder_model.modules() if isinstance(module, nn.ModuleList)]
     decoder = max(lists, key=lambda layers: sum(map(_has_attention, layers)), default=nn.ModuleList())
     layers = {i: layer for i, layer in enumerate(decoder) if not isinstance(layer, PPMissingLayer)}
     if not any(map(_has_attention, layers.values())):

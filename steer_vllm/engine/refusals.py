@@ -12,6 +12,13 @@ from typing import Any, NamedTuple
 from ..errors import StartupRefused
 
 
+class Finding(NamedTuple):
+    """A shape of model that is refused where it is found, and why."""
+
+    setting: str
+    reason: str
+
+
 class Refusal(NamedTuple):
     """A setting that is refused. applies: takes vLLM's VllmConfig."""
 
@@ -19,6 +26,9 @@ class Refusal(NamedTuple):
     reason: str
     applies: Callable[[Any], bool]
 
+
+_PARTIAL_ROWS = "a rank holds only some of the token rows between layers"
+_NOT_CAUSAL = "attention is not causal, and the cache keys rest on it"
 
 REFUSALS = (
     Refusal(
@@ -29,27 +39,57 @@ REFUSALS = (
     Refusal(
         "enable_dbo / ubatch_size (ubatching)",
         "half of a split batch would read the other half's token slots",
-        lambda config: bool(getattr(config.parallel_config, "use_ubatching", False)),
+        lambda config: config.parallel_config.use_ubatching,
     ),
     Refusal(
         "prefill_context_parallel_size > 1",
         "a rank sees only some of the positions of a prompt",
-        lambda config: getattr(config.parallel_config, "prefill_context_parallel_size", 1) > 1,
+        lambda config: config.parallel_config.prefill_context_parallel_size > 1,
+    ),
+    Refusal(
+        "decode_context_parallel_size > 1",
+        "heads and keys are spread over ranks in another way, which has not been tested",
+        lambda config: config.parallel_config.decode_context_parallel_size > 1,
     ),
     Refusal(
         "sequence-parallel MoE",
-        "a rank holds only some of the token rows between layers",
-        lambda config: bool(getattr(config.parallel_config, "use_sequence_parallel_moe", False)),
+        _PARTIAL_ROWS,
+        lambda config: config.parallel_config.use_sequence_parallel_moe,
     ),
     Refusal(
         "pass_config.enable_sp (sequence parallelism)",
-        "a rank holds only some of the token rows between layers",
-        lambda config: bool(getattr(config.compilation_config.pass_config, "enable_sp", False)),
+        _PARTIAL_ROWS,
+        lambda config: getattr(config.compilation_config.pass_config, "enable_sp", False),  # gone in 0.32
+    ),
+    Refusal(
+        "enable_hc_sp (sequence-parallel hyper-connections)",
+        _PARTIAL_ROWS,
+        lambda config: getattr(config.parallel_config, "enable_hc_sp", False),  # since 0.32
+    ),
+    Refusal(
+        "enable_elastic_ep",
+        "engines that join later hold no interventions",
+        lambda config: config.parallel_config.enable_elastic_ep,
+    ),
+    Refusal(
+        "enable_fault_tolerance",
+        "what a rank holds after a recovery has not been tested",
+        lambda config: getattr(config.parallel_config, "enable_fault_tolerance", False),  # since 0.32
+    ),
+    Refusal(
+        "distributed_executor_backend external_launcher",
+        "every process loads for itself: one that fails would leave the others waiting",
+        lambda config: config.parallel_config.distributed_executor_backend == "external_launcher",
+    ),
+    Refusal(
+        "scheduler_cls",
+        "a scheduler that vLLM does not bring may free requests where nobody releases their rows",
+        lambda config: not _is_vllm_class(config.scheduler_config.scheduler_cls),
     ),
     Refusal(
         "kv_sharing_fast_prefill",
         "layers skip prompt tokens",
-        lambda config: bool(config.cache_config.kv_sharing_fast_prefill),
+        lambda config: config.cache_config.kv_sharing_fast_prefill,
     ),
     Refusal(
         "kv_transfer_config (KV connectors)",
@@ -57,9 +97,31 @@ REFUSALS = (
         lambda config: config.kv_transfer_config is not None,
     ),
     Refusal(
+        "cpu_offload_gb / offload_group_size (weights in host memory)",
+        "the offloader puts a layer's own forward back after its first call, without the edit",
+        lambda config: (
+            config.offload_config.uva.cpu_offload_gb > 0 or config.offload_config.prefetch.offload_group_size > 0
+        ),
+    ),
+    Refusal(
+        "monokernel",
+        "one kernel computes several layers, past their outputs",
+        lambda config: getattr(config.kernel_config, "monokernel", False),  # since 0.33
+    ),
+    Refusal(
+        "enable_sleep_mode",
+        "waking up does not yet restore the tables of requests",
+        lambda config: config.model_config.enable_sleep_mode,
+    ),
+    Refusal(
+        "weight_transfer_config",
+        "compiled head offsets belong to the weights they were loaded with",
+        lambda config: config.weight_transfer_config is not None,
+    ),
+    Refusal(
         "encoder-decoder models",
         "the decoder's prompt is not the request's prompt",
-        lambda config: bool(config.model_config.is_encoder_decoder),
+        lambda config: config.model_config.is_encoder_decoder,
     ),
     Refusal(
         "pooling models",
@@ -67,32 +129,37 @@ REFUSALS = (
         lambda config: config.model_config.runner_type == "pooling",
     ),
     Refusal(
-        "multi-modal models",
-        "images may be attended to in both directions, which the cache keys do not cover",
-        lambda config: bool(config.model_config.is_multimodal_model),
+        "models that attend to an image in both directions (is_mm_prefix_lm)",
+        _NOT_CAUSAL,
+        lambda config: config.model_config.is_mm_prefix_lm,
+    ),
+    Refusal(
+        "mm_encoder_only",
+        "there is no decoder to edit",
+        lambda config: bool(getattr(config.model_config.multimodal_config, "mm_encoder_only", False)),
     ),
     Refusal(
         "diffusion language models",
-        "attention is not causal, and the cache keys rest on it",
-        lambda config: bool(getattr(config.model_config, "is_diffusion", False)),
+        _NOT_CAUSAL,
+        lambda config: config.model_config.is_diffusion,
     ),
     Refusal(
-        "enable_sleep_mode",
-        "waking up does not yet restore the tables of requests",
-        lambda config: bool(getattr(config.model_config, "enable_sleep_mode", False)),
+        "bidirectional models (is_causal false, use_non_causal)",
+        _NOT_CAUSAL,
+        lambda config: (
+            config.attention_config.use_non_causal
+            or getattr(config.model_config.hf_text_config, "is_causal", True) is False
+        ),
     ),
     Refusal(
-        "weight_transfer_config",
-        "compiled head offsets belong to the weights they were loaded with",
-        lambda config: getattr(config, "weight_transfer_config", None) is not None,
+        "models that replay a prompt's last window (DeepSeek-V4.1)",
+        "late layers run on part of the token rows",
+        lambda config: "deepseek_v41" in _model_types(config.model_config),
     ),
     Refusal(
         "fp16 DeepSeek",
         "the model rescales its residual stream",
-        lambda config: (
-            "deepseek" in str(getattr(config.model_config.hf_config, "model_type", ""))
-            and str(config.model_config.dtype) == "torch.float16"
-        ),
+        lambda config: str(config.model_config.dtype) == "torch.float16" and _scales_experts(config.model_config),
     ),
     Refusal(
         "VLLM_USE_RUST_FRONTEND",
@@ -100,6 +167,36 @@ REFUSALS = (
         lambda config: os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
     ),
 )
+
+FOUND_IN_THE_MODEL = (
+    Finding("layers whose output is not one row per token", "an edit could not be placed"),
+    Finding("layers whose attention output projection is not found, or not the only one", "an edit could not be placed"),
+    Finding("a configured site that no module of a layer carries", "an edit there would be dropped"),
+    Finding(
+        "an attention output projection that leaves partial sums under tensor parallelism",
+        "every rank would add the whole offset",
+    ),
+    Finding("a served model whose shapes are not those of its files (hf_overrides)", "an edit might have no layer"),
+)
+"""What only the loaded model shows: refused by `layers`, `projection` and `settings`, at start-up too."""
+
+
+def _is_vllm_class(scheduler: str | type | None) -> bool:
+    """None is vLLM's choice; vLLM itself also sets names of its own."""
+    name = scheduler if isinstance(scheduler, str) else getattr(scheduler, "__module__", "vllm.")
+    return name.startswith("vllm.")
+
+
+def _scales_experts(model: Any) -> bool:
+    """DeepSeek and models built of its layers (Kimi K2 among them)."""
+    return (
+        "deepseek" in _model_types(model) or getattr(model.hf_text_config, "routed_scaling_factor", None) is not None
+    )
+
+
+def _model_types(model: Any) -> str:
+    """Of the whole and of its text part, which differ in multi-modal models."""
+    return f"{model.hf_config.model_type} {model.hf_text_config.model_type}"
 
 
 def check(vllm_config: Any) -> None:

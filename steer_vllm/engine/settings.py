@@ -35,11 +35,20 @@ def steer_config(vllm_config: Any) -> SteerConfig | None:
 
 
 def base_fingerprint(vllm_config: Any) -> Fingerprint:
-    """The fingerprint of the model being served, from the files that vLLM loaded. Errors: `ArtifactInvalid`."""
+    """The fingerprint of the model being served, from the files that vLLM loaded.
+
+    Errors: `ArtifactInvalid` for files that cannot be read, `StartupRefused` where the served model has other shapes
+    than its files say (`hf_overrides`): an artifact would name layers that are not there.
+    """
     model = vllm_config.model_config
     folder = Path(model.model)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
-    return Fingerprint.of(folder, weights=str(vllm_config.load_config.load_format) != "dummy")
+    base = Fingerprint.of(folder, weights=str(vllm_config.load_config.load_format) != "dummy")
+    served = {"num_layers": model.hf_text_config.num_hidden_layers, "hidden_size": model.hf_text_config.hidden_size}
+    differ = [f"{name} {getattr(base, name)}, served {value}" for name, value in served.items() if getattr(base, name) != value]
+    if differ:
+        raise StartupRefused(f"{folder} and the served model differ ({', '.join(differ)}): are there hf_overrides?")
+    return base

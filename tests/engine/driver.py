@@ -49,7 +49,7 @@ def generate(llm: Any, step: dict[str, Any]) -> Any:
     from vllm import SamplingParams
 
     requests = step["requests"]
-    prompts = [{"prompt_token_ids": request["tokens"]} for request in requests]
+    prompts = [prompt(request) for request in requests]
     params = [
         SamplingParams(**{"temperature": 0, "logprobs": 1, "ignore_eos": True, **request.get("params", {})})
         for request in requests
@@ -61,10 +61,21 @@ def generate(llm: Any, step: dict[str, Any]) -> Any:
     return [result(output) for output in outputs]
 
 
+def prompt(request: dict[str, Any]) -> dict[str, Any]:
+    """Tokens, and pictures by their files."""
+    if "images" not in request:
+        return {"prompt_token_ids": request["tokens"]}
+    from PIL import Image
+
+    images = [Image.open(path) for path in request["images"]]
+    return {"prompt_token_ids": request["tokens"], "multi_modal_data": {"image": images}}
+
+
 def result(output: Any) -> dict[str, Any]:
     made = output.outputs[0]
     prompt = output.prompt_logprobs
     return {
+        "prompt": list(output.prompt_token_ids),
         "tokens": list(made.token_ids),
         "logprobs": [at[token].logprob for at, token in zip(made.logprobs or [], made.token_ids, strict=False)],
         "cached": output.num_cached_tokens,

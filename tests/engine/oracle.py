@@ -24,8 +24,9 @@ def logprobs(
     asks: list[dict[str, Any]],
     interventions: dict[str, Intervention],
     prompt_len: int,
+    **inputs: torch.Tensor,
 ) -> torch.Tensor:
-    """[len(tokens), vocabulary]: row i predicts token i + 1, with the request's interventions."""
+    """[len(tokens), vocabulary]: row i predicts token i + 1, with the request's interventions. inputs: pictures."""
     items = [
         (
             interventions[ask["name"]],
@@ -35,7 +36,7 @@ def logprobs(
         for ask in asks
     ]
     with torch.no_grad(), steered(model, *items, prompt_lengths=[prompt_len]):
-        return model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        return model(torch.tensor([tokens]), **inputs).logits[0].log_softmax(-1)
 
 
 def check(
@@ -43,10 +44,12 @@ def check(
     request: dict[str, Any],
     result: dict[str, Any],
     interventions: dict[str, Intervention],
+    **inputs: torch.Tensor,
 ) -> None:
     """Same greedy tokens, same log-probabilities."""
-    prompt, made = request["tokens"], result["tokens"]
-    predicted = logprobs(model, prompt + made, request.get("interventions") or [], interventions, len(prompt))
+    prompt, made = result["prompt"], result["tokens"]
+    asks = request.get("interventions") or []
+    predicted = logprobs(model, prompt + made, asks, interventions, len(prompt), **inputs)
     predicted = predicted[len(prompt) - 1 : -1]
     assert predicted.argmax(-1).tolist() == made, request
     expected = predicted[torch.arange(len(made)), torch.tensor(made)]
