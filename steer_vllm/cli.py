@@ -225,7 +225,7 @@ def validate(
 
 @app.command()
 def doctor() -> None:
-    """Say what is installed, whether it fits together, and what a server would refuse; exit status 1 for a problem.
+    """Say what is installed, whether it fits together, and how features of vLLM stand; exit status 1 for a problem.
 
     Example: steer-vllm doctor
     """
@@ -235,12 +235,12 @@ def doctor() -> None:
     from .engine import doctor as found
 
     console = Console()
-    versions, refused = Table("package", "version"), Table("refused at start-up", "because")
+    versions, states = Table("package", "version"), Table("feature of vLLM", "with interventions")
     for name, text in found.installed().items():
         versions.add_row(name, text)
-    for setting, reason in found.refused():
-        refused.add_row(setting, reason)
-    console.print(versions, refused)
+    for feature, state in found.states():
+        states.add_row(feature, state)
+    console.print(versions, states)
     problems = found.problems(os.environ)
     for problem in problems:
         console.print(f"problem: {problem}", style="red", markup=False)

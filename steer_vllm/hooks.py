@@ -38,7 +38,11 @@ class LayerModules:
 def find_layers(model: nn.Module) -> list[LayerModules]:
     """The decoder layers, found by structure. Errors: `Unsupported` when a layer lacks one of the three modules."""
     decoder = getattr(model, "get_decoder", None)  # the language model of a multi-modal one
-    lists = [module for module in (model if decoder is None else decoder()).modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [
+        module
+        for module in (model if decoder is None else decoder()).modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    ]
     decoders = [layers for layers in lists if all(_child(layer, _ATTENTIONS) is not None for layer in layers)]
     if not decoders:
         raise Unsupported(f"no decoder layers were found in {type(model).__name__}")

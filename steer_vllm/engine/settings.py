@@ -48,7 +48,11 @@ def base_fingerprint(vllm_config: Any) -> Fingerprint:
         folder = Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
     base = Fingerprint.of(folder, weights=str(vllm_config.load_config.load_format) != "dummy")
     served = {"num_layers": model.hf_text_config.num_hidden_layers, "hidden_size": model.hf_text_config.hidden_size}
-    differ = [f"{name} {getattr(base, name)}, served {value}" for name, value in served.items() if getattr(base, name) != value]
+    differ = [
+        f"{name} {getattr(base, name)}, served {value}"
+        for name, value in served.items()
+        if getattr(base, name) != value
+    ]
     if differ:
         raise StartupRefused(f"{folder} and the served model differ ({', '.join(differ)}): are there hf_overrides?")
     return base

@@ -6,7 +6,6 @@ Random weights; a picture is four tokens wide. Built without network, with trans
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +18,15 @@ VOCABULARY = 96
 SIDE = 28
 
 
-def build(folder: Path, **text_config: Any) -> Path:
+def build(folder: Path) -> Path:
     """Write the model with its processor."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, PreTrainedTokenizerFast
+    from transformers import (
+        Idefics3Config,
+        Idefics3ForConditionalGeneration,
+        Idefics3Processor,
+        PreTrainedTokenizerFast,
+    )
     from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
@@ -35,12 +39,12 @@ def build(folder: Path, **text_config: Any) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=list(SPECIAL), **names)
     shape = {"hidden_size": 64, "num_attention_heads": 2}
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    text = {
-        **{"model_type": "llama", "vocab_size": VOCABULARY, "num_hidden_layers": 3, "num_key_value_heads": 2},
-        **{"intermediate_size": 128, "max_position_embeddings": 512, **shape, **ids, **text_config},
-    }
+    width = {"intermediate_size": 128, "max_position_embeddings": 512, "num_key_value_heads": 2}
+    text = {"model_type": "llama", "vocab_size": VOCABULARY, "num_hidden_layers": 3, **shape, **width, **ids}
     vision = Idefics3VisionConfig(num_hidden_layers=5, intermediate_size=96, image_size=SIDE, patch_size=7, **shape)
-    config = Idefics3Config(vision_config=vision, text_config=text, image_token_id=IMAGE, scale_factor=2, pad_token_id=0)
+    config = Idefics3Config(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, scale_factor=2, pad_token_id=0
+    )
     torch.manual_seed(0)
     model = Idefics3ForConditionalGeneration(config).float()
     with torch.no_grad():

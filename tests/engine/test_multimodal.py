@@ -56,9 +56,7 @@ CASES: list[Case] = [
 
 
 @pytest.mark.parametrize("engine", [engines.V1_EAGER, engines.V2], ids=lambda engine: engine.name)
-def test_pictures(
-    engine: engines.Engine, model: Path, interventions: dict[str, Intervention], tmp_path: Path
-) -> None:
+def test_pictures(engine: engines.Engine, model: Path, interventions: dict[str, Intervention], tmp_path: Path) -> None:
     drawn = {seed: pictures.draw(tmp_path, seed) for seed in (1, 2, 3, 4)}
     steps = artifacts.save_all(interventions, tmp_path / "artifacts")
     requests = [
@@ -81,7 +79,9 @@ def test_text_alone(model: Path, interventions: dict[str, Intervention], tmp_pat
     """With every modality off it is a text model."""
     steps = artifacts.save_all(interventions, tmp_path / "artifacts")
     asks = [[], [{"name": "lofit"}], [{"name": "direction"}, {"name": "reft"}]]
-    requests = [{"tokens": WORDS[: 5 + i], "interventions": ask, "params": {"max_tokens": 6}} for i, ask in enumerate(asks)]
+    requests = [
+        {"tokens": WORDS[: 5 + i], "interventions": ask, "params": {"max_tokens": 6}} for i, ask in enumerate(asks)
+    ]
     steps.append({"do": "generate", "steered": True, "requests": requests})
     results = engines.run(engines.V1_EAGER, tmp_path / "run", model, steps, language_model_only=True)[-1]
     reference = AutoModelForImageTextToText.from_pretrained(model).eval()

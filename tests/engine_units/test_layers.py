@@ -226,3 +226,22 @@ def test_a_layer_that_returns_something_else(output: Any) -> None:
     wrap(find_layers(model), tables_for(model), TokenSlots(16, "cpu"))
     with pytest.raises(StartupRefused, match="a decoder layer returned"):
         model.layers[0](torch.zeros(6, 24), None)
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 24), (2, 6, 24), (24,), (6, 23)])
+def test_an_output_that_is_not_one_row_per_token(shape: tuple[int, ...]) -> None:
+    """Residual streams of several rows, batches, other widths: no token row to edit."""
+    model = Decoder(Summed)
+    model.layers[0].forward = lambda *args: torch.zeros(shape)
+    wrap(find_layers(model), tables_for(model), TokenSlots(16, "cpu"))
+    with pytest.raises(StartupRefused, match="expected one row per token"):
+        model(torch.arange(6))
+
+
+def test_the_language_model_of_a_multi_modal_one() -> None:
+    """A tower with more layers of the same shape beside it is not taken."""
+    model: Any = nn.Module()
+    model.tower, model.text = Decoder(), Decoder()
+    model.tower.layers.extend(Decoder().layers)
+    model.get_language_model = lambda: model.text
+    assert [layer.block for layer in find_layers(model).values()] == list(model.text.layers)

@@ -1,132 +1,153 @@
-"""Settings under which an edit would not be exact: each is refused alone, by name, and a plain setting is not."""
+"""Settings under which an edit would not be exact: each is refused alone, by name, and a plain setting is not.
+
+The settings are vLLM's own: its arguments where a machine without a GPU takes them, else the field they set.
+"""
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
-import torch
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
 
-from steer_vllm.engine.refusals import REFUSALS, check
+from steer_vllm.demo import MODEL_PATH
+from steer_vllm.engine.refusals import FOUND_IN_THE_MODEL, REFUSALS, check
 from steer_vllm.errors import StartupRefused
 
-
-def plain() -> Any:
-    """What these settings are in an ordinary VllmConfig."""
-    return SimpleNamespace(
-        parallel_config=SimpleNamespace(
-            data_parallel_size=1, use_ubatching=False, prefill_context_parallel_size=1, use_sequence_parallel_moe=False
-        ),
-        compilation_config=SimpleNamespace(pass_config=SimpleNamespace(enable_sp=False)),
-        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
-        kv_transfer_config=None,
-        weight_transfer_config=None,
-        model_config=SimpleNamespace(
-            is_diffusion=False,
-            enable_sleep_mode=False,
-            is_encoder_decoder=False,
-            runner_type="generate",
-            is_multimodal_model=False,
-            hf_config=SimpleNamespace(model_type="llama"),
-            dtype=torch.float16,
-        ),
-    )
-
-
-def deepseek(config: Any) -> None:
-    config.model_config.hf_config.model_type = "deepseek_v3"
-
-
-ON: dict[str, Callable[[Any], object]] = {
-    "data_parallel_size > 1": lambda c: setattr(c.parallel_config, "data_parallel_size", 2),
-    "enable_dbo / ubatch_size (ubatching)": lambda c: setattr(c.parallel_config, "use_ubatching", True),
-    "prefill_context_parallel_size > 1": lambda c: setattr(c.parallel_config, "prefill_context_parallel_size", 2),
-    "sequence-parallel MoE": lambda c: setattr(c.parallel_config, "use_sequence_parallel_moe", True),
-    "pass_config.enable_sp (sequence parallelism)": lambda c: setattr(
-        c.compilation_config.pass_config, "enable_sp", True
-    ),
-    "kv_sharing_fast_prefill": lambda c: setattr(c.cache_config, "kv_sharing_fast_prefill", True),
-    "kv_transfer_config (KV connectors)": lambda c: setattr(c, "kv_transfer_config", object()),
-    "encoder-decoder models": lambda c: setattr(c.model_config, "is_encoder_decoder", True),
-    "pooling models": lambda c: setattr(c.model_config, "runner_type", "pooling"),
-    "multi-modal models": lambda c: setattr(c.model_config, "is_multimodal_model", True),
-    "diffusion language models": lambda c: setattr(c.model_config, "is_diffusion", True),
-    "enable_sleep_mode": lambda c: setattr(c.model_config, "enable_sleep_mode", True),
-    "weight_transfer_config": lambda c: setattr(c, "weight_transfer_config", object()),
-    "fp16 DeepSeek": deepseek,
-}
 RUST = "VLLM_USE_RUST_FRONTEND"
+
+
+class Case(NamedTuple):
+    """How a setting is turned on: arguments of vLLM, then fields of its config that this platform would not take."""
+
+    arguments: dict[str, Any] = {}  # noqa: RUF012
+    fields: Callable[[Any], object] = lambda config: None
+
+
+def config_of(arguments: dict[str, Any]) -> VllmConfig:
+    plain = {"model": str(MODEL_PATH), "dtype": "float32", "max_model_len": 128, "enforce_eager": True}
+    return EngineArgs(**{**plain, **arguments}).create_engine_config()
+
+
+def parallel(**fields: Any) -> Case:
+    def turn_on(config: VllmConfig) -> None:
+        for name, value in fields.items():
+            assert hasattr(config.parallel_config, name), f"vLLM has renamed {name}"
+            setattr(config.parallel_config, name, value)
+
+    return Case(fields=turn_on)
+
+
+def overrides(**fields: Any) -> Case:
+    """What a model's own config.json would say."""
+    dtype = {"dtype": fields.pop("dtype")} if "dtype" in fields else {}
+    return Case({"hf_overrides": fields, **dtype})
+
+
+ON: dict[str, Case] = {
+    "data_parallel_size > 1": Case({"data_parallel_size": 2}),
+    "enable_dbo / ubatch_size (ubatching)": parallel(enable_dbo=True),
+    "prefill_context_parallel_size > 1": parallel(prefill_context_parallel_size=2),
+    "decode_context_parallel_size > 1": parallel(decode_context_parallel_size=2),
+    "sequence-parallel MoE": parallel(enable_expert_parallel=True, tensor_parallel_size=2, data_parallel_size=2),
+    "pass_config.enable_sp (sequence parallelism)": Case(
+        fields=lambda c: setattr(c.compilation_config.pass_config, "enable_sp", True)
+    ),
+    "enable_hc_sp (sequence-parallel hyper-connections)": Case({"enable_hc_sp": True}),
+    "enable_elastic_ep": parallel(enable_elastic_ep=True),
+    "enable_fault_tolerance": parallel(enable_fault_tolerance=True),
+    "distributed_executor_backend external_launcher": Case({"distributed_executor_backend": "external_launcher"}),
+    "scheduler_cls": Case({"scheduler_cls": "mine.Scheduler"}),
+    "kv_sharing_fast_prefill": Case({"kv_sharing_fast_prefill": True}),
+    "kv_transfer_config (KV connectors)": Case({"kv_offloading_size": 1.0}),
+    "cpu_offload_gb / offload_group_size (weights in host memory)": Case({"offload_group_size": 2}),
+    "monokernel": Case(fields=lambda c: setattr(c.kernel_config, "monokernel", True)),
+    "enable_sleep_mode": Case(fields=lambda c: setattr(c.model_config, "enable_sleep_mode", True)),
+    "weight_transfer_config": Case({"weight_transfer_config": {"backend": "nccl"}}),
+    "encoder-decoder models": overrides(is_encoder_decoder=True),
+    "pooling models": Case({"runner": "pooling", "convert": "embed"}),
+    "models that attend to an image in both directions (is_mm_prefix_lm)": overrides(is_mm_prefix_lm=True),
+    "mm_encoder_only": Case(fields=lambda c: setattr(c.model_config, "multimodal_config", EncoderOnly)),
+    "diffusion language models": Case(fields=lambda c: c.model_config.__dict__.update(is_diffusion=True)),
+    "bidirectional models (is_causal false, use_non_causal)": overrides(is_causal=False),
+    "models that replay a prompt's last window (DeepSeek-V4.1)": overrides(model_type="deepseek_v41"),
+    "fp16 DeepSeek": overrides(dtype="float16", routed_scaling_factor=2.5),
+}
+
+
+class EncoderOnly:
+    """Of a `MultiModalConfig`, which only a multi-modal checkpoint has."""
+
+    mm_encoder_only = True
 
 
 def test_every_row_is_tested() -> None:
     assert {refusal.setting for refusal in REFUSALS} == {*ON, RUST}
 
 
+def test_no_two_rows_have_one_name() -> None:
+    names = [row.setting for row in (*REFUSALS, *FOUND_IN_THE_MODEL)]
+    assert len(names) == len(set(names))
+
+
 def test_a_plain_setting_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(RUST, raising=False)
-    check(plain())
+    check(config_of({}))
 
 
 @pytest.mark.parametrize("setting", ON)
 def test_each_alone(setting: str) -> None:
-    config = plain()
-    ON[setting](config)
-    hits = [refusal for refusal in REFUSALS if refusal.applies(config)]
-    assert [refusal.setting for refusal in hits] == [setting]
+    config = config_of(ON[setting].arguments)
+    ON[setting].fields(config)
+    names = {refusal.setting: refusal for refusal in REFUSALS if refusal.applies(config)}
+    implied = {"data_parallel_size > 1"} if setting == "sequence-parallel MoE" else set()  # needs it
+    assert set(names) - implied == {setting}
     with pytest.raises(StartupRefused) as caught:
         check(config)
-    assert setting in caught.value.message
-    assert hits[0].reason in caught.value.message
+    assert f"{setting}: {names[setting].reason}" in caught.value.message
+
+
+def test_other_ways_to_the_same() -> None:
+    """A refused setting has more than one name in vLLM."""
+    for arguments, field, setting in (
+        ({"cpu_offload_gb": 1.0}, None, "cpu_offload_gb / offload_group_size (weights in host memory)"),
+        (
+            {"attention_config": {"use_non_causal": True}},
+            None,
+            "bidirectional models (is_causal false, use_non_causal)",
+        ),
+        ({}, "ubatch_size", "enable_dbo / ubatch_size (ubatching)"),
+    ):
+        config = config_of(arguments)
+        if field:
+            setattr(config.parallel_config, field, 2)
+        assert [refusal.setting for refusal in REFUSALS if refusal.applies(config)] == [setting]
 
 
 def test_all_are_said_at_once() -> None:
-    config = plain()
-    for turn_on in ON.values():
-        turn_on(config)
+    config = config_of({"kv_sharing_fast_prefill": True, "weight_transfer_config": {"backend": "nccl"}})
     with pytest.raises(StartupRefused) as caught:
         check(config)
-    assert all(setting in caught.value.message for setting in ON)
+    assert all(name in caught.value.message for name in ("kv_sharing_fast_prefill", "weight_transfer_config"))
 
 
-def test_deepseek_in_bfloat16_is_served() -> None:
-    config = plain()
-    deepseek(config)
-    config.model_config.dtype = torch.bfloat16
-    check(config)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_deepseek_in_other_dtypes_is_served(dtype: str) -> None:
+    check(config_of(overrides(dtype=dtype, routed_scaling_factor=2.5).arguments))
+
+
+def test_a_scheduler_of_vllm_is_served() -> None:
+    check(config_of({"scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler"}))
 
 
 @pytest.mark.parametrize(("value", "refused"), [("1", True), ("true", True), ("0", False), ("", False)])
 def test_the_rust_front_end(value: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of({})
     monkeypatch.setenv(RUST, value)
     if refused:
         with pytest.raises(StartupRefused, match=RUST):
-            check(plain())
+            check(config)
     else:
-        check(plain())
-
-
-@pytest.mark.parametrize(
-    ("part", "names"),
-    [
-        ("ParallelConfig", ["data_parallel_size", "use_ubatching", "prefill_context_parallel_size",
-                            "use_sequence_parallel_moe"]),
-        ("CacheConfig", ["kv_sharing_fast_prefill"]),
-        ("ModelConfig", ["is_encoder_decoder", "runner_type", "is_multimodal_model", "hf_config", "dtype"]),
-        ("CompilationConfig", ["pass_config"]),
-        ("VllmConfig", ["kv_transfer_config", "parallel_config", "compilation_config", "cache_config"]),
-    ],
-)  # fmt: skip
-def test_the_installed_vllm_has_these_settings(part: str, names: list[str]) -> None:
-    """A setting that was renamed would be refused no longer: that fails here. (`enable_sp` is gone in 0.32.)"""
-    from vllm import config
-
-    kind = getattr(config, part)
-    source = inspect.getsource(kind)
-    missing = [
-        name for name in names if not hasattr(kind, name) and not re.search(rf"\b(self\.)?{name}\b *[:=]", source)
-    ]
-    assert not missing
+        check(config)

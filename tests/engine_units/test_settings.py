@@ -43,9 +43,10 @@ def test_not_understood(values: object) -> None:
         steer_config(configured({KEY: values}))
 
 
-def loaded(folder: Path, load_format: str = "auto") -> Any:
+def loaded(folder: Path, load_format: str = "auto", **served: int) -> Any:
+    shapes = SimpleNamespace(**{"hidden_size": 8, "num_hidden_layers": 2, **served})
     return SimpleNamespace(
-        model_config=SimpleNamespace(model=str(folder), revision=None),
+        model_config=SimpleNamespace(model=str(folder), revision=None, hf_text_config=shapes),
         load_config=SimpleNamespace(load_format=load_format),
     )
 
@@ -56,6 +57,8 @@ def test_base_fingerprint(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"weights")
     assert base_fingerprint(loaded(tmp_path)).weights is not None
     assert base_fingerprint(loaded(tmp_path, "dummy")).weights is None
+    with pytest.raises(StartupRefused, match="num_layers 2, served 1"):
+        base_fingerprint(loaded(tmp_path, num_hidden_layers=1))
     (tmp_path / "config.json").unlink()
     with pytest.raises(ArtifactInvalid, match=r"config\.json"):
         base_fingerprint(loaded(tmp_path))

@@ -1,0 +1,51 @@
+"""How vLLM's features stand with interventions, and the test by which that is known.
+
+`docs/features.md` and `steer-vllm doctor` print these rows and those of `refusals`. It knows nothing of vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .refusals import FOUND_IN_THE_MODEL, REFUSALS
+
+
+class Feature(NamedTuple):
+    """known: a test file of this repository."""
+
+    name: str
+    state: str
+    known: str
+
+
+SUPPORTED = "supported"
+REFUSED_PER_REQUEST = "refused per request"
+
+_ROWS = (
+    Feature("model runner V1 and V2", SUPPORTED, "tests/engine/test_exactness.py"),
+    Feature("torch.compile", SUPPORTED, "tests/engine/test_exactness.py"),
+    Feature(
+        "mixed batches, compositions, scales and positions of one's own", SUPPORTED, "tests/engine/test_exactness.py"
+    ),
+    Feature("prefix caching", SUPPORTED, "tests/engine/test_prefix_cache.py"),
+    Feature("async scheduling", SUPPORTED, "tests/engine/test_prefix_cache.py"),
+    Feature("multi-modal models with causal attention, with pictures", SUPPORTED, "tests/engine/test_multimodal.py"),
+    Feature("multi-modal models as text models (language_model_only)", SUPPORTED, "tests/engine/test_multimodal.py"),
+    Feature("beam search", f"{REFUSED_PER_REQUEST}: it drops interventions", "tests/engine/test_bad_input.py"),
+)
+
+
+def features() -> Iterator[Feature]:
+    """Every row: what is supported or refused per request, then what refuses to start."""
+    yield from _ROWS
+    for refusal in REFUSALS:
+        yield Feature(refusal.setting, f"refused at start: {refusal.reason}", "tests/engine_units/test_refusals.py")
+    for finding in FOUND_IN_THE_MODEL:
+        yield Feature(finding.setting, f"refused at start: {finding.reason}", finding.known)
+
+
+def markdown() -> str:
+    """The table of docs/features.md."""
+    lines = [f"| {row.name} | {row.state} | [{row.known}](../{row.known}) |" for row in features()]
+    return "\n".join(["| feature | state | how it is known |", "|---|---|---|", *lines]) + "\n"
