@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .config import SteerConfig
@@ -34,6 +34,21 @@ class Summary:
     parts: tuple[PartSummary, ...]
 
 
+def merge(digest: str, ranks: Iterable[Sequence[PartSummary]]) -> Summary:
+    """One summary from those of all ranks: pipeline ranks hold different layers, and what any has, the whole has."""
+    return Summary(
+        digest,
+        tuple(
+            PartSummary(
+                additive=any(part.additive for part in parts),
+                rank=max(part.rank for part in parts),
+                largest=max(part.largest for part in parts),
+            )
+            for parts in zip(*ranks, strict=True)
+        ),
+    )
+
+
 class Placement(NamedTuple):
     """Positions start <= p < stop use these rows (0: none) at this scale."""
 
@@ -53,12 +68,13 @@ class Fill(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything the engine knows of a request's interventions."""
+    """Everything the engine knows of a request's interventions. ticket: what is held for it, in the core's book."""
 
     segments: tuple[Segment, ...]
     placements: tuple[Placement, ...]
     additive: tuple[Fill, ...]
     low_rank: tuple[Fill, ...]
+    ticket: int = field(default=0, compare=False)
 
 
 class Need(NamedTuple):

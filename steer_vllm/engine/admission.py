@@ -6,16 +6,19 @@ fails one request. It knows no vLLM object.
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections import Counter, deque
-from typing import Any
+from collections import Counter
+from typing import Any, Literal
 
 from ..config import SteerConfig
 from ..errors import ArtifactInvalid, InvalidIntervention, NoRows
-from ..plan import Fill, PartSummary, Placement, Plan, Summary, contents, needs
+from ..plan import Fill, Placement, Plan, Summary, contents, needs
 from ..request import Steering
 from ..rows import Content, RowLedger
 from ..segments import resolve
+
+Held = Literal["absent", "closing", "open"]
 
 _Pin = tuple[frozenset[str], tuple[Content, ...], tuple[Content, ...]]
 """What a request holds: digests, additive contents, low-rank contents."""
@@ -31,12 +34,13 @@ class Admission:
         self._loaded: dict[str, Summary] = {}
         self._closing: set[str] = set()
         self._users: Counter[str] = Counter()
-        self._pins: dict[str, deque[_Pin]] = {}
+        self._pins: dict[int, _Pin] = {}
+        self._tickets = itertools.count(1)
         self._additive = RowLedger(config.additive_table_rows - 1, "additive")
         self._low_rank = RowLedger(config.low_rank_table_rows - 1, "low-rank")
 
-    def admit(self, request_id: str, steering: Steering, prompt_len: int) -> Plan:
-        """Pin what the request needs and say where it is.
+    def admit(self, steering: Steering, prompt_len: int) -> Plan:
+        """Pin what the request needs and say where it is, until its plan is released.
 
         Errors: `ArtifactInvalid` for content that is not loaded, `NoRows`, `InvalidIntervention` for a response_start
         beyond the prompt or positions that need other edits, and those of `plan.needs`. Nothing is pinned then.
@@ -63,7 +67,8 @@ class Admission:
                 self._additive.release_all(additive)
                 raise
             self._users.update(digests)
-            self._pins.setdefault(request_id, deque()).append((digests, tuple(additive), tuple(low_rank)))
+            ticket = next(self._tickets)
+            self._pins[ticket] = (digests, tuple(additive), tuple(low_rank))
         return Plan(
             segments=segments,
             placements=tuple(
@@ -78,17 +83,18 @@ class Admission:
             ),
             additive=tuple(Fill(row, content) for content, row in sorted(rows.items())),
             low_rank=tuple(Fill(row, content) for content, row in sorted(low_rank_rows.items())),
+            ticket=ticket,
         )
 
-    def release(self, request_id: str) -> None:
-        """Let go of what the oldest request of that id holds; ids that hold nothing are no error."""
+    def release(self, plan: Plan) -> None:
+        """Let go of what a request holds. Once: a plan that was released before holds nothing, and that is no error.
+
+        By the plan's ticket and not by the request's id: an id can come back while its first request is on its way out.
+        """
         with self._lock:
-            pins = self._pins.get(request_id)
-            if not pins:
+            if plan.ticket not in self._pins:
                 return
-            digests, additive, low_rank = pins.popleft()
-            if not pins:
-                del self._pins[request_id]
+            digests, additive, low_rank = self._pins.pop(plan.ticket)
             self._users.subtract(digests)
             self._additive.release_all(additive)
             self._low_rank.release_all(low_rank)
@@ -99,19 +105,30 @@ class Admission:
             self._loaded[summary.digest] = summary
             self._closing.discard(summary.digest)
 
+    def held(self, digest: str) -> Held:
+        """Whether the content is there, and whether requests may name it."""
+        with self._lock:
+            return "absent" if digest not in self._loaded else "closing" if digest in self._closing else "open"
+
     def reopen(self, digest: str) -> Summary | None:
-        """The summary of content that is held, which a pending `close` no longer takes away; None when it is not."""
+        """The summary of content that is held, which requests may name again; None when it is not held."""
         with self._lock:
             self._closing.discard(digest)
             return self._loaded.get(digest)
 
     def close(self, digest: str) -> bool:
-        """Admit no more requests for it. True when nothing uses it and it is forgotten here."""
+        """Admit no more requests for it. True when none uses it."""
+        with self._lock:
+            if digest in self._loaded:
+                self._closing.add(digest)
+            return not self._users[digest]
+
+    def forget(self, digest: str) -> bool:
+        """Give up closed content. False, and nothing happens, when it is open again or a request uses it."""
         with self._lock:
             if digest not in self._loaded:
                 return True
-            self._closing.add(digest)
-            if self._users[digest]:
+            if digest not in self._closing or self._users[digest]:
                 return False
             del self._loaded[digest]
             del self._users[digest]
@@ -125,22 +142,7 @@ class Admission:
         with self._lock:
             return {
                 "loaded": sorted(self._loaded),
-                "pinned": sum(map(len, self._pins.values())),
+                "pinned": len(self._pins),
                 "additive_rows": self._additive.used,
                 "low_rank_rows": self._low_rank.used,
             }
-
-
-def merge(digest: str, ranks: list[list[dict[str, Any]]]) -> Summary:
-    """One summary from those of all ranks: pipeline ranks hold different layers."""
-    return Summary(
-        digest,
-        tuple(
-            PartSummary(
-                additive=any(part["additive"] for part in parts),
-                rank=max(part["rank"] for part in parts),
-                largest=max(part["largest"] for part in parts),
-            )
-            for parts in zip(*ranks, strict=True)
-        ),
-    )

@@ -1,180 +1,174 @@
 """The front's side of the engine: load, unload and ask, asynchronously or not.
 
-A conversation with the engine core is written once, as a generator that yields calls and waits; two small drivers run
-it. Names, requests and HTTP are not known here.
+Two small drivers of the conversations: they carry calls to every engine of a data-parallel group and bring back each
+one's answer. Names, requests and HTTP are not known here.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Generator
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from ..config import SteerConfig
-from ..errors import EngineUnavailable, StartupRefused, by_code
-from ..fingerprint import Fingerprint
-from ..plan import PartSummary, Summary
+from ..plan import Summary
+from . import conversation
 from .answer import Answer
+from .conversation import Answers, Call, Conversation, EngineFacts, GivenUp, Wait, lost
+
+__all__ = ["AsyncEngine", "EngineFacts", "SyncEngine"]
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class EngineFacts:
-    """What the engine says of itself. largest: the largest finite value of its dtype; table_bytes: of one rank."""
-
-    config: SteerConfig
-    base: Fingerprint
-    dtype: str
-    largest: float
-    table_bytes: int
-    ranks: int
-
-
-class Call(NamedTuple):
-    """A utility of the engine core, by name."""
-
-    method: str
-    args: tuple[str, ...]
-
-
-class Wait(NamedTuple):
-    """Let the engine get on."""
-
-    seconds: float
-
-
-Conversation = Generator[Call | Wait, Answer | None, T]
-
-
-def _ask(method: str, *args: str) -> Conversation[Answer]:
-    answer = yield Call(method, args)
-    assert answer is not None
-    return answer
-
-
-def _raise(answer: Answer) -> None:
-    if answer["state"] == "failed":
-        raise by_code(answer["code"], answer["message"])
-
-
-def _load(folder: str, digest: str) -> Conversation[Summary]:
-    """Two phases: prepare on every rank while steps go on, then one short commit."""
-    answer = yield from _ask("steer_begin", folder, digest)
-    pause = 0.002
-    while answer["state"] == "busy":
-        yield Wait(pause)
-        pause = min(2 * pause, 0.1)
-        answer = yield from _ask("steer_poll", digest)
-    if answer["state"] == "failed":
-        yield from _ask("steer_drop", digest)
-    if answer["state"] == "ready":
-        answer = yield from _ask("steer_commit", digest)
-    _raise(answer)
-    return Summary(digest, tuple(PartSummary(**part) for part in answer["parts"]))
-
-
-def _unload(digest: str) -> Conversation[bool]:
-    answer = yield from _ask("steer_free", digest)
-    _raise(answer)
-    return bool(answer["state"] == "done")
-
-
-def _facts() -> Conversation[EngineFacts]:
-    answer = yield from _ask("steer_facts")
-    if answer["state"] == "failed":
-        raise StartupRefused(
-            f"the engine runs without steer-vllm ({answer['message']}): is the plugin installed in its environment and "
-            "allowed by VLLM_PLUGINS?"
-        )
-    return EngineFacts(
-        config=SteerConfig.from_dict(answer["config"]),
-        base=Fingerprint.from_config(answer["base"], "engine"),
-        dtype=answer["dtype"],
-        largest=answer["largest"],
-        table_bytes=max(rank["table_bytes"] for rank in answer["ranks"]),
-        ranks=len(answer["ranks"]),
-    )
+_ALIVE = 0.5
+"""Seconds between looks at whether the engines still live: vLLM leaves the calls to a dead one unanswered."""
 
 
 class AsyncEngine:
-    """Over vLLM's `AsyncLLM`."""
+    """Over vLLM's `AsyncLLM`, for one event loop.
+
+    Several of them, in several processes, may talk to the same engines; loads and unloads of one digest must then be
+    kept apart by a lock that they share.
+    """
 
     def __init__(self, engine_client: Any) -> None:
-        self._core = engine_client.engine_core
+        self._client = engine_client.engine_core
 
     async def load(self, folder: str, digest: str) -> Summary:
-        """Bring an artifact folder into every rank; content that is there already costs one call.
+        """Bring an artifact folder into every rank of every engine, or into none; a cancelled load leaves nothing.
 
         Errors: `ArtifactInvalid` as the first rank to refuse says it, `EngineUnavailable`.
         """
-        return await self._run(_load(folder, digest))
+        return await self._run(conversation.load(folder, digest))
 
     async def unload(self, digest: str) -> bool:
-        """Free content in every rank; False while requests in the engine use it (new ones are turned away already)."""
-        return await self._run(_unload(digest))
+        """Free content in every engine; False while requests in one use it (new ones are turned away already)."""
+        return await self._run(conversation.unload(digest))
+
+    async def settle(self) -> None:
+        """Come back when the engines have done everything that was sent before, aborts included."""
+        await self._run(conversation.settle())
 
     async def facts(self) -> EngineFacts:
         """Errors: `StartupRefused` when a process of the engine lacks the plugin or steering is off."""
-        return await self._run(_facts())
+        return await self._run(conversation.facts())
 
-    async def _run(self, conversation: Conversation[T]) -> T:
-        answer: Answer | None = None
-        while True:
-            try:
-                step = conversation.send(answer)
-            except StopIteration as end:
-                return end.value
-            if isinstance(step, Wait):
-                await asyncio.sleep(step.seconds)
-                answer = None
-            else:
-                try:
-                    answer = await self._core.call_utility_async(step.method, *step.args)
-                except Exception as error:
-                    answer = _failed(error)
+    async def _run(self, talk: Conversation[T]) -> T:
+        """Run a conversation to its end. It is not left in the middle: a caller that is cancelled waits for the answer
+        that is on its way, and until the conversation has cleaned up."""
+        gone = False
+        try:
+            step = next(talk)
+            while True:
+                work = asyncio.ensure_future(self._do(step))
+                gone |= await _outlast(work)
+                step = talk.throw(GivenUp()) if gone and step.leave else talk.send(work.result())
+        except StopIteration as end:
+            result: T = end.value
+        except Exception:
+            if gone:
+                raise asyncio.CancelledError from None
+            raise
+        if gone:
+            raise asyncio.CancelledError
+        return result
+
+    async def _do(self, step: Call | Wait) -> Answers:
+        if isinstance(step, Call):
+            return await self._ask(step)
+        await asyncio.sleep(step.seconds)
+        return {}
+
+    async def _ask(self, call: Call) -> Answers:
+        """Ledger: calls `AsyncMPClient._call_utility_async`, which takes the engine.
+
+        Why: of a data-parallel group, the public call brings back the first engine's answer only. Since 0.26; 0.32 has
+        `call_utility_all_async`, which reaches all engines or none of them. Can go when that takes engines.
+        """
+        engines = dict(enumerate(self._client.core_engines))
+        chosen = tuple(engines) if call.engines is None else call.engines
+        answers = await asyncio.gather(*(self._one(call, engines[number]) for number in chosen))
+        return dict(zip(chosen, answers, strict=True))
+
+    async def _one(self, call: Call, engine: bytes) -> Answer:
+        reply = asyncio.ensure_future(self._client._call_utility_async(call.method, *call.args, engine=engine))
+        try:
+            while not (await asyncio.wait({reply}, timeout=_ALIVE))[0]:
+                self._client.ensure_alive()
+            answer: Answer = reply.result()
+            return answer
+        except Exception as error:
+            return lost(error)
+        finally:
+            reply.cancel()
+
+
+async def _outlast(work: asyncio.Future[Any]) -> bool:
+    """Wait for its end in any case. True when the waiting task was cancelled meanwhile."""
+    try:
+        await asyncio.wait({work})
+    except asyncio.CancelledError:
+        await _outlast(work)
+        return True
+    return False
 
 
 class SyncEngine:
-    """Over the engine of vLLM's offline `LLM`, in this process or another."""
+    """Over the one engine of vLLM's offline `LLM`, in this process or another."""
 
     def __init__(self, llm_engine: Any) -> None:
-        client = llm_engine.engine_core
-        self._call = getattr(client, "call_utility", None) or (
-            lambda method, *args: getattr(client.engine_core, method)(*args)
-        )
+        self._client = llm_engine.engine_core
 
     def load(self, folder: str, digest: str) -> Summary:
         """As `AsyncEngine.load`."""
-        return self._run(_load(folder, digest))
+        return self._run(conversation.load(folder, digest))
 
     def unload(self, digest: str) -> bool:
         """As `AsyncEngine.unload`."""
-        return self._run(_unload(digest))
+        return self._run(conversation.unload(digest))
 
     def facts(self) -> EngineFacts:
         """As `AsyncEngine.facts`."""
-        return self._run(_facts())
+        return self._run(conversation.facts())
 
-    def _run(self, conversation: Conversation[T]) -> T:
-        answer: Answer | None = None
-        while True:
-            try:
-                step = conversation.send(answer)
-            except StopIteration as end:
-                return end.value
-            if isinstance(step, Wait):
-                time.sleep(step.seconds)
-                answer = None
-            else:
-                try:
-                    answer = self._call(step.method, *step.args)
-                except Exception as error:
-                    answer = _failed(error)
+    def _run(self, talk: Conversation[T]) -> T:
+        try:
+            step = next(talk)
+            while True:
+                if isinstance(step, Wait):
+                    time.sleep(step.seconds)
+                    step = talk.send({})
+                else:
+                    step = talk.send({0: self._ask(step.method, *step.args)})
+        except StopIteration as end:
+            return end.value
+
+    def _ask(self, method: str, *args: str) -> Answer:
+        try:
+            if not hasattr(self._client, "call_utility"):  # the engine is in this process
+                answer: Answer = getattr(self._client.engine_core, method)(*args)
+                return answer
+            return _watched(lambda: self._client.call_utility(method, *args), self._client.ensure_alive)
+        except Exception as error:
+            return lost(error)
 
 
-def _failed(error: Exception) -> Answer:
-    """A call that did not come back: the conversation goes on with an answer, so that it can clean up."""
-    return {"state": "failed", "code": EngineUnavailable.code, "message": f"{type(error).__name__}: {error}"}
+def _watched(call: Callable[[], Answer], check: Callable[[], None]) -> Answer:
+    """What the call returns or raises, unless the check raises first: the call is left to its thread then."""
+    found: list[Answer | Exception] = []
+
+    def run() -> None:
+        try:
+            found.append(call())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, name="steer-call", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_ALIVE)
+        if not found:
+            check()
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from ..errors import SteerError, Unsupported
-from ..plan import Plan
+from ..errors import EngineUnavailable, SteerError, Unsupported
+from ..plan import PartSummary, Plan, merge
 from ..request import EXTRA_ARG, Steering
-from .admission import Admission, merge
+from .admission import Admission
 from .answer import Answer, answered
 from .settings import steer_config
 
@@ -45,7 +45,9 @@ def install() -> None:
         if hasattr(EngineCoreProc, name):
             _patch_reject(EngineCoreProc, name)
     _patch_free(Scheduler)
-    for utility in (steer_begin, steer_poll, steer_commit, steer_drop, steer_free, steer_facts):
+    for utility in (
+        steer_begin, steer_poll, steer_commit, steer_drop, steer_close, steer_free, steer_settle, steer_facts
+    ):  # fmt: skip
         setattr(EngineCore, utility.__name__, utility)
 
 
@@ -76,13 +78,13 @@ def _patch_preprocess(engine_core: Any) -> None:
             raise Unsupported("streaming-input requests cannot carry interventions: their prompt grows")
         if request.lora_request is not None:
             raise Unsupported("a LoRA and an intervention on one request are not supported yet")
-        plan = admission.admit(request.request_id, Steering.from_wire(extra[EXTRA_ARG]), _prompt_len(request))
+        plan = admission.admit(Steering.from_wire(extra[EXTRA_ARG]), _prompt_len(request))
         try:
             request.sampling_params = copy.copy(params)
             request.sampling_params.extra_args = {**extra, EXTRA_ARG: plan}
             return preprocess_add_request(self, request)
         except BaseException:
-            admission.release(request.request_id)
+            admission.release(plan)
             raise
 
     engine_core.preprocess_add_request = preprocess_and_admit
@@ -99,8 +101,9 @@ def _patch_reject(engine_core_proc: Any, name: str) -> None:
     @wraps(reject)
     def reject_and_release(self: Any, request: Any) -> bool:
         rejected: bool = reject(self, request)
-        if rejected and plan_of(request.sampling_params):
-            self.steering.release(request.request_id)
+        plan = plan_of(request.sampling_params)
+        if rejected and plan:
+            self.steering.release(plan)
         return rejected
 
     setattr(engine_core_proc, name, reject_and_release)
@@ -112,8 +115,9 @@ def _patch_free(scheduler: Any) -> None:
     @wraps(free_request)
     def free_and_release(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         result = free_request(self, request, *args, **kwargs)
-        if plan_of(request.sampling_params):
-            self.steering.release(request.request_id)
+        plan = plan_of(request.sampling_params)
+        if plan:
+            self.steering.release(plan)
         return result
 
     scheduler._free_request = free_and_release
@@ -122,7 +126,7 @@ def _patch_free(scheduler: Any) -> None:
 def _ask_ranks(core: Any, method: str, *args: Any) -> tuple[Answer, list[Answer]]:
     """Call a worker method on every rank: the worst answer, and all of them."""
     answers = core.collective_rpc(method, args=args)
-    order = ("failed", "busy", "ready", "done")
+    order = ("failed", "undone", "busy", "ready", "done")
     return min(answers, key=lambda answer: order.index(answer["state"])), answers
 
 
@@ -135,11 +139,10 @@ def _required(core: Any) -> Admission:
 
 @answered
 def steer_begin(self: Any, folder: str, digest: str) -> Answer:
-    """Utility: start loading on every rank; "done" at once for content that is held."""
-    held = _required(self).reopen(digest)
-    if held:
-        return {"state": "done", "parts": [part._asdict() for part in held.parts]}
-    return _ask_ranks(self, "steer_begin", folder, digest)[0]
+    """Utility: start loading on every rank. held: what was there before; content that is there is "ready" at once."""
+    held = _required(self).held(digest)
+    answer = {"state": "ready"} if held != "absent" else _ask_ranks(self, "steer_begin", folder, digest)[0]
+    return {**answer, "held": held}
 
 
 @answered
@@ -150,28 +153,46 @@ def steer_poll(self: Any, digest: str) -> Answer:
 
 @answered
 def steer_commit(self: Any, digest: str) -> Answer:
-    """Utility: make it usable on every rank, or on none."""
-    worst, answers = _ask_ranks(self, "steer_commit", digest)
-    if worst["state"] != "done":
-        _ask_ranks(self, "steer_drop", digest)
-        return worst
-    summary = merge(digest, [answer["parts"] for answer in answers])
-    _required(self).publish(summary)
+    """Utility: make it usable on every rank, or on none. Requests may name it from here on."""
+    admission = _required(self)
+    summary = admission.reopen(digest)
+    if summary is None:
+        ready = steer_poll(self, digest)
+        if ready["state"] != "ready":  # the commit is a collective: all ranks come to it or none
+            raise EngineUnavailable(ready.get("message", f"committed while it was {ready['state']}"))
+        worst, answers = _ask_ranks(self, "steer_commit", digest)
+        if worst["state"] != "done":
+            _ask_ranks(self, "steer_free", digest)
+            return worst
+        summary = merge(digest, [[PartSummary(**part) for part in answer["parts"]] for answer in answers])
+        admission.publish(summary)
     return {"state": "done", "parts": [part._asdict() for part in summary.parts]}
 
 
 @answered
 def steer_drop(self: Any, digest: str) -> Answer:
-    """Utility: give up a load that did not commit."""
+    """Utility: give up a load that did not commit. What is held stays."""
     return _ask_ranks(self, "steer_drop", digest)[0]
 
 
 @answered
+def steer_close(self: Any, digest: str) -> Answer:
+    """Utility: admit no more requests for it; "busy" while some use it, else "ready" to be freed."""
+    return {"state": "ready" if _required(self).close(digest) else "busy"}
+
+
+@answered
 def steer_free(self: Any, digest: str) -> Answer:
-    """Utility: free content that nothing uses; "busy" while requests do."""
-    if not _required(self).close(digest):
+    """Utility: free closed content on every rank; "busy" when it is open again or requests use it."""
+    if not _required(self).forget(digest):
         return {"state": "busy"}
-    return _ask_ranks(self, "steer_drop", digest)[0]
+    return _ask_ranks(self, "steer_free", digest)[0]
+
+
+@answered
+def steer_settle(self: Any) -> Answer:
+    """Utility: an answer that comes when everything sent before has been done, aborts included."""
+    return {"state": "done"}
 
 
 @answered

@@ -19,10 +19,8 @@ from ..packed import Packed, pack
 from .answer import Answer, answered
 from .worker import WorkerSteering
 
-_pending: dict[str, _Load] = {}
 
-
-class _Load:
+class Load:
     """One artifact on its way in."""
 
     def __init__(self, steering: WorkerSteering, folder: str, digest: str) -> None:
@@ -50,7 +48,7 @@ class _Load:
         self.intervention = intervention
         intervention.compile(self._collect)
         self._project(plain=True)
-        if steering.tensor_parallel == 1 and len(self.projected) == len(self.heads):
+        if not self.heads or (steering.tensor_parallel == 1 and len(self.projected) == len(self.heads)):
             self.parts = self._pack(self.projected)
         return {"state": "ready"}
 
@@ -80,40 +78,62 @@ class _Load:
 
     @torch.inference_mode()
     def commit(self) -> Answer:
-        """Make it usable; a collective under tensor parallelism, so every rank comes here or none."""
+        """Make it usable. A collective under tensor parallelism: a rank that fails before it still takes part."""
         if not self.parts:
-            self._project(plain=False)
-            mine = [self.projected[layer] for layer in self.heads]
-            whole = self.steering.all_reduce(mine) if self.steering.tensor_parallel > 1 else mine
+            failure: Exception | None = None
+            try:
+                self._project(plain=False)
+            except Exception as error:
+                failure = error
+            whole, failures = self._reduce(failed=failure is not None)
+            if failure is not None:
+                raise failure
+            if failures:
+                return {"state": "undone"}
             self.parts = self._pack(dict(zip(self.heads, whole, strict=True)))
         for number, part in enumerate(self.parts):
             self.steering.store[self.digest, number] = part
         return {"state": "done", "parts": [part.summary()._asdict() for part in self.parts]}
 
+    def _reduce(self, *, failed: bool) -> tuple[list[torch.Tensor], bool]:
+        """The whole of every projected vector, and whether a rank has failed."""
+        nothing = torch.zeros(self.steering.base.hidden_size)
+        mine = [nothing if failed else self.projected[layer] for layer in self.heads]
+        if self.steering.tensor_parallel == 1:
+            return mine, failed
+        *whole, failures = self.steering.all_reduce([*mine, nothing + failed])
+        return whole, bool(failures.any())
+
 
 @answered
 def begin(steering: WorkerSteering, folder: str, digest: str) -> Answer:
     """Start reading; a second start of the same content takes the place of the first."""
-    _pending[digest] = _Load(steering, folder, digest)
-    return _pending[digest].answer
+    load = steering.pending[digest] = Load(steering, folder, digest)
+    return load.answer
 
 
 @answered
 def poll(steering: WorkerSteering, digest: str) -> Answer:
     """How far it is."""
-    return _pending[digest].answer
+    return steering.pending[digest].answer
 
 
 @answered
 def commit(steering: WorkerSteering, digest: str) -> Answer:
     """The second phase. Every rank has answered "ready" before."""
-    return _pending.pop(digest).commit()
+    return steering.pending.pop(digest).commit()
 
 
 @answered
 def drop(steering: WorkerSteering, digest: str) -> Answer:
-    """Forget content, loaded or on its way."""
-    _pending.pop(digest, None)
+    """Forget content on its way."""
+    steering.pending.pop(digest, None)
+    return {"state": "done"}
+
+
+@answered
+def free(steering: WorkerSteering, digest: str) -> Answer:
+    """Forget content that is loaded."""
     for key in [key for key in steering.store if key[0] == digest]:
         del steering.store[key]
     return {"state": "done"}
@@ -127,4 +147,5 @@ def facts(steering: WorkerSteering) -> Answer:
         "base": steering.base.to_config(),
         "table_bytes": steering.tables.nbytes,
         "loaded": sorted({digest for digest, _ in steering.store}),
+        "pending": sorted(steering.pending),
     }

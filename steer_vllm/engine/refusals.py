@@ -33,9 +33,11 @@ _NOT_CAUSAL = "attention is not causal, and the cache keys rest on it"
 
 REFUSALS = (
     Refusal(
-        "data_parallel_size > 1",
-        "loading does not yet reach every engine",
-        lambda config: config.parallel_config.data_parallel_size > 1,
+        "data_parallel_external_lb / data_parallel_hybrid_lb",
+        "each front reaches some of the engines and would have interventions of its own",
+        lambda config: (
+            config.parallel_config.data_parallel_external_lb or config.parallel_config.data_parallel_hybrid_lb
+        ),
     ),
     Refusal(
         "enable_dbo / ubatch_size (ubatching)",

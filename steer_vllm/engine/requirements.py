@@ -40,6 +40,7 @@ SEAMS = (
         ("self", "scheduler_output", "num_scheduled_tokens"),
         "runner_v1.py",
     ),
+    Seam("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._dummy_run", ("self", "num_tokens"), "runner_v1.py"),
     Seam("vllm.v1.worker.worker_base", "WorkerBase.__init__", ("self", "vllm_config"), "worker_methods.py"),
     Seam(
         "vllm.v1.worker.gpu.model_runner",
@@ -70,6 +71,14 @@ SEAMS = (
     Seam("vllm.v1.engine.core", "EngineCore.collective_rpc", ("self", "method", "timeout", "args"), "core.py"),
     Seam("vllm.v1.engine.core", "EngineCoreProc._reject_add_in_shutdown", ("self",), "core.py"),
     Seam("vllm.v1.core.sched.scheduler", "Scheduler._free_request", ("self", "request"), "core.py"),
+    Seam(
+        "vllm.v1.engine.core_client",
+        "AsyncMPClient._call_utility_async",
+        ("self", "method", "args", "engine"),
+        "client.py",
+    ),
+    Seam("vllm.v1.engine.core_client", "MPClient.ensure_alive", ("self",), "client.py"),
+    Seam("vllm.v1.engine.core_client", "SyncMPClient.call_utility", ("self", "method", "args"), "client.py"),
 )
 
 

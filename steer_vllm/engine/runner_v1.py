@@ -15,12 +15,13 @@ from .worker import StepView, attach
 
 
 def install() -> None:
-    """Ledger: replaces three methods of `GPUModelRunner`, one of `CPUModelRunner`.
+    """Ledger: replaces four methods of `GPUModelRunner`, one of `CPUModelRunner`.
 
     What: `load_model` also wraps the layers; `_update_states` also tells which requests left and entered;
-    `_prepare_inputs` also sets the token slots. Why: the runner has no plugin interface between its state and the
-    model. Since 0.26 (`load_model` gains keywords in 0.32, `_prepare_inputs` returns three values there: both pass
-    through). Can go with this runner, which vLLM has deprecated on CUDA.
+    `_prepare_inputs` also sets the token slots, and `_dummy_run`, which does not call it, clears them: an idle engine
+    of a data-parallel group runs dummy batches in step with the others. Why: the runner has no plugin interface
+    between its state and the model. Since 0.26 (`load_model` gains keywords in 0.32, `_prepare_inputs` returns three
+    values there: both pass through). Can go with this runner, which vLLM has deprecated on CUDA.
     """
     from vllm.platforms import current_platform
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -32,6 +33,7 @@ def install() -> None:
         _patch_load(CPUModelRunner)  # it overrides load_model without calling its parent's
     _patch_update(GPUModelRunner)
     _patch_prepare(GPUModelRunner)
+    _patch_dummy(GPUModelRunner)
 
 
 def _patch_load(runner: Any) -> None:
@@ -81,3 +83,15 @@ def _patch_prepare(runner: Any) -> None:
         return result
 
     runner._prepare_inputs = prepare_and_route
+
+
+def _patch_dummy(runner: Any) -> None:
+    dummy_run = runner._dummy_run
+
+    @wraps(dummy_run)
+    def clear_and_run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.steering is not None:
+            self.steering.tokens.clear()
+        return dummy_run(self, *args, **kwargs)
+
+    runner._dummy_run = clear_and_run

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from ..slots import RequestSlots, SlotTables, TokenSlots, staged
 from .layers import find_layers, wrap
 from .projection import OutputProjection
 from .settings import base_fingerprint, steer_config
+
+if TYPE_CHECKING:
+    from .loader import Load
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class WorkerSteering:
         self.tokens = TokenSlots(scheduler.max_num_batched_tokens + scheduler.max_num_seqs, device)
         self.requests = RequestSlots(scheduler.max_num_seqs, config, device)
         self.store: dict[tuple[str, int], Packed] = {}
+        self.pending: dict[str, Load] = {}
         self._steps = torch.arange(len(self.tokens.scales), dtype=torch.int32, device=device)
         self._batch: list[str] | None = None
         self._rows = torch.zeros(0, dtype=torch.int64, device=device)

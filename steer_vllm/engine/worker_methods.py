@@ -24,7 +24,7 @@ def install() -> None:
     """
     from vllm.v1.worker.worker_base import WorkerBase
 
-    for method in (steer_begin, steer_poll, steer_commit, steer_drop, steer_facts):
+    for method in (steer_begin, steer_poll, steer_commit, steer_drop, steer_free, steer_facts):
         setattr(WorkerBase, method.__name__, method)
     _patch_init(WorkerBase)
 
@@ -68,6 +68,11 @@ def steer_commit(self: Any, digest: str) -> Answer:
 @answered
 def steer_drop(self: Any, digest: str) -> Answer:
     return loader.drop(steering_of(self), digest)
+
+
+@answered
+def steer_free(self: Any, digest: str) -> Answer:
+    return loader.free(steering_of(self), digest)
 
 
 @answered

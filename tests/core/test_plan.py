@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from steer_vllm.config import SteerConfig
 from steer_vllm.errors import ScaleOutOfRange, TooManyInterventions
-from steer_vllm.plan import NOMINAL_PROMPT, Need, PartSummary, Summary, contents, needs
+from steer_vllm.plan import NOMINAL_PROMPT, Need, PartSummary, Summary, contents, merge, needs
 from steer_vllm.positions import OPEN, Positions
 from steer_vllm.segments import Component, Segment, Term, resolve
 
@@ -105,3 +105,14 @@ def test_the_nominal_prompt_needs_the_most(asked: list[Component], n: int) -> No
     config = SteerConfig(per_request=4, max_rank=64)
     real, nominal = (contents(needs(resolve(asked, m), WHATEVER, config, 1e4)) for m in (n, NOMINAL_PROMPT))
     assert all(len(mine) <= len(most) for mine, most in zip(real, nominal, strict=True))
+
+
+def test_merge_of_pipeline_ranks() -> None:
+    """Ranks hold different layers: what any has, the whole has."""
+    ranks = [
+        [PartSummary(True, 0, 1.0), PartSummary(False, 2, 5.0)],
+        [PartSummary(False, 3, 2.0), PartSummary(False, 0, 0.0)],
+    ]
+    assert merge("d", ranks) == Summary("d", (PartSummary(True, 3, 2.0), PartSummary(False, 2, 5.0)))
+    with pytest.raises(ValueError, match="zip"):
+        merge("d", [ranks[0], ranks[1][:1]])

@@ -1,4 +1,4 @@
-"""The engine configurations of the tests, and how one is run: a job for `driver.py` in a process of its own."""
+"""The engine configurations of the tests, and how one is run: a job for a driver in a process of its own."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class Engine:
     env: dict[str, str] = field(default_factory=dict)
     llm: dict[str, Any] = field(default_factory=dict)
     runner: str = "v1"
+    driver: str = "driver"
 
 
 _IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -32,6 +33,22 @@ V1_PROCESSES = Engine("v1-processes", {}, {"enforce_eager": True, "async_schedul
 V2 = Engine("v2", {**_IN_PROCESS, **_V2}, {"enforce_eager": True}, runner="v2")
 # Dynamo traces the edit, no code is generated: the interpreter's stand-in backend has no compiler.
 V2_TRACED = Engine("v2-traced", {**V2.env, "VLLM_CPU_CI_ENV": "1"}, {"enforce_eager": False}, runner="v2")
+
+_FAULTS = {"PYTHONPATH": str(HERE / "faults")}
+_TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+TENSOR_PARALLEL = Engine(
+    "tensor-parallel", {**_FAULTS, **_TWO_CORES}, {"enforce_eager": True, "tensor_parallel_size": 2}, driver="async_driver"
+)
+DATA_PARALLEL = Engine(
+    "data-parallel", {**_FAULTS, **_TWO_CORES}, {"enforce_eager": True, "data_parallel_size": 2}, driver="async_driver"
+)
+PIPELINE_PARALLEL = Engine(
+    "pipeline-parallel",
+    {**_V2, **_TWO_CORES},
+    {"enforce_eager": True, "pipeline_parallel_size": 2},
+    runner="v2",
+    driver="async_driver",
+)
 
 
 def run(
@@ -59,8 +76,9 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.json").write_text(json.dumps(job))
     env = {**os.environ, **engine.env, **({"VLLM_PLUGINS": ""} if plain else {})}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (env.get("PYTHONPATH"), str(HERE.parent))))
     done = subprocess.run(
-        [sys.executable, str(HERE / "driver.py"), str(folder / "job.json"), str(folder / "result.json")],
+        [sys.executable, str(HERE / f"{engine.driver}.py"), str(folder / "job.json"), str(folder / "result.json")],
         env=env,
         capture_output=True,
         text=True,

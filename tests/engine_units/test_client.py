@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,18 +18,20 @@ from steer_vllm.plan import PartSummary, Summary
 
 BASE = Fingerprint(8, 2, 2, 4, 11, None)
 PART = PartSummary(True, 2, 3.0)
-BUSY, READY = {"state": "busy"}, {"state": "ready"}
+BUSY, READY, FINE = {"state": "busy"}, {"state": "ready"}, {"state": "done"}
+NEW = {"held": "absent"}
 DONE = {"state": "done", "parts": [PART._asdict()]}
 BAD = {"state": "failed", "code": "artifact_invalid", "message": "out/x: head 99 does not exist"}
 LOST = RuntimeError("the pipe is closed")
 
 
 class Core:
-    """Answers by method; an exception among the answers is raised. Keeps every call."""
+    """One engine that answers by method; an exception among the answers is raised. Keeps every call."""
 
     def __init__(self, **answers: list[Any]) -> None:
         self.answers = {f"steer_{name}": list(found) for name, found in answers.items()}
         self.calls: list[tuple[str, ...]] = []
+        self.core_engines = [self]
 
     def call_utility(self, method: str, *args: str) -> Any:
         self.calls.append((method, *args))
@@ -36,8 +40,10 @@ class Core:
             raise answer
         return answer
 
-    async def call_utility_async(self, method: str, *args: str) -> Any:
-        return self.call_utility(method, *args)
+    async def _call_utility_async(self, method: str, *args: str, engine: Core) -> Any:
+        return engine.call_utility(method, *args)
+
+    def ensure_alive(self) -> None: ...
 
     @property
     def methods(self) -> list[str]:
@@ -47,18 +53,17 @@ class Core:
 Ask = Callable[..., Any]
 
 
+class Holder:
+    def __init__(self, core: Any) -> None:
+        self.engine_core = core
+
+
 @pytest.fixture(params=["sync", "async"])
 def ask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ask:
     """Calls a method of the engine over a core; both drivers have the same conversations, without their waiting."""
-    import asyncio
-
     sleep = asyncio.sleep
     monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(client.asyncio, "sleep", lambda seconds: sleep(0))
-
-    class Holder:
-        def __init__(self, core: Core) -> None:
-            self.engine_core = core
 
     def run(core: Core, method: str, *args: str) -> Any:
         if request.param == "sync":
@@ -69,7 +74,7 @@ def ask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ask:
 
 
 def test_load(ask: Ask) -> None:
-    core = Core(begin=[BUSY], poll=[BUSY, BUSY, READY], commit=[DONE])
+    core = Core(begin=[{**BUSY, **NEW}], poll=[BUSY, BUSY, READY], commit=[DONE])
     assert ask(core, "load", "folder", "digest") == Summary("digest", (PART,))
     assert core.calls == [
         ("steer_begin", "folder", "digest"),
@@ -78,18 +83,18 @@ def test_load(ask: Ask) -> None:
     ]
 
 
-def test_content_that_is_there_costs_one_call(ask: Ask) -> None:
-    core = Core(begin=[DONE])
+def test_content_that_is_there_is_not_read_again(ask: Ask) -> None:
+    core = Core(begin=[{**READY, "held": "open"}], commit=[DONE])
     assert ask(core, "load", "folder", "digest") == Summary("digest", (PART,))
-    assert core.methods == ["begin"]
+    assert core.methods == ["begin", "commit"]
 
 
 @pytest.mark.parametrize(
     "answers",
     [
-        {"begin": [BAD]},
-        {"begin": [BUSY], "poll": [BAD]},
-        {"begin": [BUSY], "poll": [BUSY, BAD]},
+        {"begin": [{**BAD, **NEW}]},
+        {"begin": [{**BUSY, **NEW}], "poll": [BAD]},
+        {"begin": [{**BUSY, **NEW}], "poll": [BUSY, BAD]},
     ],
 )
 def test_a_refusal_is_cleaned_up_and_said(ask: Ask, answers: dict[str, list[Any]]) -> None:
@@ -101,31 +106,32 @@ def test_a_refusal_is_cleaned_up_and_said(ask: Ask, answers: dict[str, list[Any]
     assert "commit" not in core.methods
 
 
-def test_a_failed_commit_is_said(ask: Ask) -> None:
-    """The core has dropped it by then."""
-    core = Core(begin=[BUSY], poll=[READY], commit=[BAD], drop=[{"state": "done"}])
-    with pytest.raises(ArtifactInvalid, match="head 99"):
+@pytest.mark.parametrize("answer", [BAD, LOST])
+def test_a_failed_commit_is_withdrawn(ask: Ask, answer: Any) -> None:
+    """A lost reply may stand for a commit that was done: no content stays without a name."""
+    core = Core(begin=[{**READY, **NEW}], commit=[answer], drop=[FINE], close=[READY], free=[FINE])
+    with pytest.raises(SteerError, match=r"head 99|the pipe is closed"):
         ask(core, "load", "folder", "digest")
+    assert core.methods == ["begin", "commit", "drop", "close", "free"]
+
+
+def test_content_that_was_open_before_stays(ask: Ask) -> None:
+    """Another name has it."""
+    core = Core(begin=[{**READY, "held": "open"}], commit=[LOST], drop=[FINE])
+    with pytest.raises(EngineUnavailable):
+        ask(core, "load", "folder", "digest")
+    assert core.methods == ["begin", "commit", "drop"]
 
 
 @pytest.mark.parametrize("at", ["begin", "poll"])
 def test_a_lost_reply_is_cleaned_up(ask: Ask, at: str) -> None:
     """The call may have been done: what it left is dropped, and the front is told that the engine did not answer."""
-    answers: dict[str, list[Any]] = {"begin": [BUSY], "poll": [READY], "drop": [{"state": "done"}]}
+    answers: dict[str, list[Any]] = {"begin": [{**BUSY, **NEW}], "poll": [READY], "drop": [FINE]}
     answers[at] = [LOST]
     core = Core(**answers)
     with pytest.raises(EngineUnavailable, match="RuntimeError: the pipe is closed"):
         ask(core, "load", "folder", "digest")
     assert core.calls[-1] == ("steer_drop", "digest")
-
-
-def test_a_lost_commit_is_no_success(ask: Ask) -> None:
-    """Nothing is published on a guess; a later load finds the content held, if it is. Dropping it here could take it
-    from under a name that another load has published meanwhile."""
-    core = Core(begin=[BUSY, DONE], poll=[READY], commit=[LOST])
-    with pytest.raises(EngineUnavailable, match="RuntimeError: the pipe is closed"):
-        ask(core, "load", "folder", "digest")
-    assert ask(core, "load", "folder", "digest") == Summary("digest", (PART,))
 
 
 def test_a_core_that_is_gone_is_one_error(ask: Ask) -> None:
@@ -136,22 +142,28 @@ def test_a_core_that_is_gone_is_one_error(ask: Ask) -> None:
 
 
 def test_unknown_codes_are_the_engines_fault(ask: Ask) -> None:
-    core = Core(begin=[{"state": "failed", "code": "new_code", "message": "m"}], drop=[{"state": "done"}])
+    core = Core(begin=[{"state": "failed", "code": "new_code", "message": "m", **NEW}], drop=[FINE])
     with pytest.raises(EngineUnavailable, match="m"):
         ask(core, "load", "folder", "digest")
 
 
-@pytest.mark.parametrize(("answer", "freed"), [({"state": "done"}, True), (BUSY, False)])
-def test_unload(ask: Ask, answer: dict[str, Any], freed: bool) -> None:
-    core = Core(free=[answer])
-    assert ask(core, "unload", "digest") is freed
-    assert core.calls == [("steer_free", "digest")]
+def test_unload(ask: Ask) -> None:
+    core = Core(close=[READY], free=[FINE])
+    assert ask(core, "unload", "digest")
+    assert core.calls == [("steer_close", "digest"), ("steer_free", "digest")]
+
+
+@pytest.mark.parametrize("answers", [{"close": [BUSY]}, {"close": [READY], "free": [BUSY]}])
+def test_what_is_in_use_is_not_freed(ask: Ask, answers: dict[str, list[Any]]) -> None:
+    assert not ask(Core(**answers), "unload", "digest")
 
 
 @pytest.mark.parametrize("answer", [BAD, LOST])
 def test_unload_that_fails(ask: Ask, answer: Any) -> None:
     with pytest.raises(SteerError):
-        ask(Core(free=[answer]), "unload", "digest")
+        ask(Core(close=[answer]), "unload", "digest")
+    with pytest.raises(SteerError):
+        ask(Core(close=[READY], free=[answer]), "unload", "digest")
 
 
 def facts(**more: Any) -> dict[str, Any]:
@@ -166,7 +178,8 @@ def test_facts(ask: Ask) -> None:
     found = ask(Core(facts=[facts()]), "facts")
     assert found.config == SteerConfig(max_rank=4)
     assert found.base == BASE
-    assert (found.dtype, found.largest, found.table_bytes, found.ranks) == ("float16", 65504.0, 120, 2)
+    assert (found.dtype, found.largest, found.table_bytes) == ("float16", 65504.0, 120)
+    assert (found.ranks, found.engines) == (2, 1)
 
 
 @pytest.mark.parametrize("answer", [{"state": "failed", "code": "internal_error", "message": "off"}, LOST])
@@ -179,29 +192,53 @@ def test_an_engine_in_this_process() -> None:
     """vLLM's offline client without processes has no call_utility: the core's method is called."""
 
     class Inner:
+        def steer_close(self, digest: str) -> dict[str, str]:
+            return {"state": "ready" if digest == "d" else "busy"}
+
         def steer_free(self, digest: str) -> dict[str, str]:
-            return {"state": "done" if digest == "d" else "busy"}
+            return {"state": "done"}
 
     class InProcess:
         engine_core = Inner()
 
-    class Holder:
-        engine_core = InProcess()
-
-    assert SyncEngine(Holder()).unload("d")
-    assert not SyncEngine(Holder()).unload("e")
+    assert SyncEngine(Holder(InProcess())).unload("d")
+    assert not SyncEngine(Holder(InProcess())).unload("e")
 
 
 def test_waits_grow_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A load of a second is polled a dozen times, not five hundred."""
     waits: list[float] = []
     monkeypatch.setattr(client.time, "sleep", waits.append)
-    core = Core(begin=[BUSY], poll=[BUSY] * 12 + [READY], commit=[DONE])
-
-    class Holder:
-        engine_core = core
-
-    SyncEngine(Holder()).load("folder", "digest")
+    core = Core(begin=[{**BUSY, **NEW}], poll=[BUSY] * 12 + [READY], commit=[DONE])
+    SyncEngine(Holder(core)).load("folder", "digest")
     assert waits == sorted(waits)
     assert waits[-1] == 0.1
     assert sum(waits) < 2
+
+
+@pytest.mark.parametrize("gone", ["before", "meanwhile"])
+@pytest.mark.parametrize("driver", ["sync", "async"])
+def test_a_dead_engine_is_no_hang(driver: str, gone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM leaves a call to an engine that died unanswered."""
+    monkeypatch.setattr(client, "_ALIVE", 0.01)
+
+    class Dead(Core):
+        def call_utility(self, method: str, *args: str) -> Any:
+            if gone == "before":
+                self.ensure_alive()
+            threading.Event().wait()
+
+        async def _call_utility_async(self, method: str, *args: str, engine: Core) -> Any:
+            if gone == "before":
+                self.ensure_alive()
+            await asyncio.Event().wait()
+
+        def ensure_alive(self) -> None:
+            raise RuntimeError("the engine is dead")
+
+    drive = {
+        "sync": lambda: SyncEngine(Holder(Dead())).load("folder", "digest"),
+        "async": lambda: asyncio.run(AsyncEngine(Holder(Dead())).load("folder", "digest")),
+    }
+    with pytest.raises(EngineUnavailable, match="the engine is dead"):
+        drive[driver]()

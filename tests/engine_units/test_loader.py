@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ class Rank:
         self.device = torch.device("cpu")
         self.layout = Layout.of(layers, BASE.hidden_size, CONFIG)
         self.store: dict[tuple[str, int], Packed] = {}
+        self.pending: dict[str, loader.Load] = {}
         self.tensor_parallel = ranks
         self.tables: Any = dataclasses.make_dataclass("Tables", ["nbytes"])(1234)
         self.others: list[Rank] = []
@@ -43,18 +43,13 @@ class Rank:
             part.weight.data.copy_(whole.weight.data[:, tp_rank * size : (tp_rank + 1) * size])
             self.projections[layer] = OutputProjection(part, layer)
         self.waiting: list[list[torch.Tensor]] = []
+        self.reduced = 0
 
     def all_reduce(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         """The sum of what the test has prepared of every rank."""
         assert len(parts) == len(self.waiting[0])
+        self.reduced += 1
         return [torch.stack(same).sum(0) for same in zip(*self.waiting, strict=True)]
-
-
-@pytest.fixture(autouse=True)
-def nothing_pending() -> Iterator[None]:
-    loader._pending.clear()
-    yield
-    assert not loader._pending, "a load was left"
 
 
 def finish(rank: Any, digest: str) -> dict[str, Any]:
@@ -82,9 +77,12 @@ def test_load(item: Intervention, tmp_path: Path) -> None:
     assert answer["parts"] == [rank.store[item.digest, n].summary()._asdict() for n in range(item.method.parts)]
     facts = loader.facts(rank)
     assert (facts["loaded"], facts["table_bytes"], facts["base"]) == ([item.digest], 1234, BASE.to_config())
+    assert facts["pending"] == []
     assert loader.drop(rank, item.digest) == {"state": "done"}
+    assert facts["loaded"] == loader.facts(rank)["loaded"], "a drop takes what is on its way, not what is held"
+    assert loader.free(rank, item.digest) == {"state": "done"}
     assert rank.store == {}
-    assert loader.drop(rank, item.digest) == {"state": "done"}
+    assert loader.free(rank, item.digest) == {"state": "done"}
 
 
 def test_lofit_is_pushed_through_the_layers_own_weights(tmp_path: Path) -> None:
@@ -110,11 +108,11 @@ def test_tensor_parallel_ranks_add_up(item: Intervention, tmp_path: Path) -> Non
     loads = []
     for rank in ranks:
         assert start(rank, item, tmp_path) == {"state": "ready"}
-        loads.append(loader._pending.pop(item.digest))
-        assert loads[-1].parts == ()
+        loads.append(rank.pending.pop(item.digest))
+        assert (loads[-1].parts == ()) == bool(loads[-1].heads), "only sums of ranks wait for the commit"
     for rank, load in zip(ranks, loads, strict=True):
-        rank.waiting = [list(other.projected.values()) for other in loads]
-        loader._pending[item.digest] = load
+        rank.waiting = [[*other.projected.values(), torch.zeros(24)] for other in loads]
+        rank.pending[item.digest] = load
         assert loader.commit(rank, item.digest)["state"] == "done"
         for n in range(item.method.parts):
             one, two = rank.store[item.digest, n], whole.store[item.digest, n]
@@ -180,9 +178,25 @@ def test_overflow_of_the_sum_of_ranks_fails_the_commit(tmp_path: Path) -> None:
     rank: Any = Rank(ranks=2)
     item = lofit()
     start(rank, item, tmp_path)
-    rank.waiting = [[torch.full((24,), 3e38)] * 2] * 2
+    rank.waiting = [[*[torch.full((24,), 3e38)] * 2, torch.zeros(24)]] * 2
     failed(loader.commit(rank, item.digest), "not finite")
     assert rank.store == {}
+
+
+def test_a_rank_that_fails_in_the_commit_keeps_the_others_in_step(tmp_path: Path) -> None:
+    """Invariant: on every rank or on none. It takes part in the sum all the same, or the others would wait forever."""
+    item = lofit()
+    for failing in (False, True):
+        rank: Any = Rank(ranks=2)
+        assert start(rank, item, tmp_path)["state"] == "ready"
+        rank.waiting = [[torch.zeros(24), torch.zeros(24), torch.full((24,), float(n))] for n in range(2)]
+        if failing:
+            rank.pending[item.digest]._project = lambda *, plain: 1 / 0
+            failed(loader.commit(rank, item.digest), "ZeroDivisionError", code="engine_unavailable")
+        else:
+            assert loader.commit(rank, item.digest) == {"state": "undone"}
+        assert rank.reduced == 1
+        assert rank.store == rank.pending == {}
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

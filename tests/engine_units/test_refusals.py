@@ -47,7 +47,7 @@ def overrides(**fields: Any) -> Case:
 
 
 ON: dict[str, Case] = {
-    "data_parallel_size > 1": Case({"data_parallel_size": 2}),
+    "data_parallel_external_lb / data_parallel_hybrid_lb": parallel(data_parallel_hybrid_lb=True),
     "enable_dbo / ubatch_size (ubatching)": parallel(enable_dbo=True),
     "prefill_context_parallel_size > 1": parallel(prefill_context_parallel_size=2),
     "decode_context_parallel_size > 1": parallel(decode_context_parallel_size=2),
@@ -102,8 +102,7 @@ def test_each_alone(setting: str) -> None:
     config = config_of(ON[setting].arguments)
     ON[setting].fields(config)
     names = {refusal.setting: refusal for refusal in REFUSALS if refusal.applies(config)}
-    implied = {"data_parallel_size > 1"} if setting == "sequence-parallel MoE" else set()  # needs it
-    assert set(names) - implied == {setting}
+    assert set(names) == {setting}
     with pytest.raises(StartupRefused) as caught:
         check(config)
     assert f"{setting}: {names[setting].reason}" in caught.value.message
@@ -136,6 +135,17 @@ def test_all_are_said_at_once() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_deepseek_in_other_dtypes_is_served(dtype: str) -> None:
     check(config_of(overrides(dtype=dtype, routed_scaling_factor=2.5).arguments))
+
+
+def test_external_load_balancing_is_refused_too() -> None:
+    config = config_of({})
+    parallel(data_parallel_external_lb=True).fields(config)
+    with pytest.raises(StartupRefused, match="data_parallel_external_lb"):
+        check(config)
+
+
+def test_data_parallelism_is_served() -> None:
+    check(config_of({"data_parallel_size": 2}))
 
 
 def test_a_scheduler_of_vllm_is_served() -> None:

@@ -61,6 +61,7 @@ class Rank:
         self.model = Decoder()
         self.steering = WorkerSteering(vllm_config(), CONFIG, self.model, torch.device("cpu"))
         self.admission = Admission(CONFIG, 1e30)
+        self.plans: dict[str, Plan | None] = {}
         for item in ITEMS.values():
             self.load(item)
 
@@ -73,9 +74,16 @@ class Rank:
     def add(self, name: str) -> Plan | None:
         prompt_len, asked = REQUESTS[name]
         components = tuple(Component(ITEMS[key].digest, 1.0, ITEMS[key].positions) for key in asked)
-        plan = self.admission.admit(name, Steering(components), prompt_len) if asked else None
+        plan = self.admission.admit(Steering(components), prompt_len) if asked else None
         self.steering.add(name, plan)
+        self.plans[name] = plan
         return plan
+
+    def finish(self, name: str) -> None:
+        self.steering.remove(name)
+        plan = self.plans.pop(name)
+        if plan is not None:
+            self.admission.release(plan)
 
     @torch.no_grad()
     def step(self, *pieces: tuple[str, int, int], padding: int = 0) -> list[torch.Tensor]:
@@ -155,13 +163,11 @@ def test_however_the_steps_are_cut(data: st.DataObject) -> None:
             done[name] = 0
             if data.draw(st.booleans()):  # V2 removes and adds again; V1 keeps it
                 rank.steering.remove(name)
-                rank.add(name)
-                rank.admission.release(name)
+                rank.steering.add(name, rank.plans[name])
         elif action == "finish" and done:
             name = data.draw(st.sampled_from(sorted(done)))
             del done[name]
-            rank.steering.remove(name)
-            rank.admission.release(name)
+            rank.finish(name)
         else:
             batch = data.draw(st.permutations(sorted(n for n, at in done.items() if at < TOTAL)))
             pieces = [(name, done[name], data.draw(st.integers(done[name] + 1, TOTAL))) for name in batch[:3]]
@@ -180,8 +186,7 @@ def test_a_row_that_is_taken_over() -> None:
             rank.add(name)
             (found,) = rank.step((name, 0, TOTAL))
             torch.testing.assert_close(found, wanted[name], **CLOSE)
-            rank.steering.remove(name)
-            rank.admission.release(name)
+            rank.finish(name)
 
 
 def test_an_id_that_comes_back_without_a_plan() -> None:

@@ -1,0 +1,125 @@
+"""Runs one asynchronous engine in a process of its own, as the server has it: `python async_driver.py JOB.json RESULT.json`.
+
+The job and the results are those of `driver.py`; a request's "rank" chooses an engine of a data-parallel group. The
+steps are the methods of `Steps` that begin with `do_`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from engine.driver import result
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from steer_vllm import Intervention
+from steer_vllm.catalog import Catalog, Entry
+from steer_vllm.config import SteerConfig
+from steer_vllm.engine.client import AsyncEngine
+from steer_vllm.engine.conversation import Call
+from steer_vllm.engine.settings import KEY, entry
+from steer_vllm.errors import SteerError
+from steer_vllm.request import EXTRA_ARG, bind, parse
+
+
+class Steps:
+    """What a job can do with an engine."""
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self.llm = llm
+        self.engine = AsyncEngine(llm)
+        self.catalog = Catalog()
+
+    async def attempt(self, step: dict[str, Any]) -> Any:
+        started = time.monotonic()
+        try:
+            return await getattr(self, f"do_{step['do']}")(step)
+        except SteerError as error:
+            return {"error": error.code, "message": error.message, "seconds": time.monotonic() - started}
+        except Exception as error:
+            return {"error": type(error).__name__, "message": str(error)}
+
+    async def do_load(self, step: dict[str, Any]) -> Any:
+        intervention = Intervention.load(step["folder"])
+        summary = await self.engine.load(step["folder"], intervention.digest)
+        self.catalog.publish(Entry.of(step["name"], step["folder"], intervention, summary))
+        return {"digest": intervention.digest}
+
+    async def do_unload(self, step: dict[str, Any]) -> Any:
+        """Until it is free, as the server does; "wait": false asks once."""
+        digest = self.catalog.withdraw(step["name"]).digest
+        while not (freed := await self.engine.unload(digest)) and step.get("wait", True):
+            await asyncio.sleep(0.02)
+        return {"freed": freed}
+
+    async def do_cancelled_load(self, step: dict[str, Any]) -> Any:
+        """The caller goes away after some seconds."""
+        load = asyncio.create_task(self.do_load(step))
+        await asyncio.sleep(step["after"])
+        load.cancel()
+        done = await asyncio.gather(load, return_exceptions=True)
+        return {"ended": type(done[0]).__name__}
+
+    async def do_generate(self, step: dict[str, Any]) -> Any:
+        return await asyncio.gather(*(self.generate(request) for request in step["requests"]))
+
+    async def generate(self, request: dict[str, Any]) -> Any:
+        """One request; "abort_after": the caller goes away after that many tokens."""
+        facts = await self.engine.facts()
+        steering = bind(parse(request.get("interventions") or []), self.catalog.get, facts.config)
+        extra = {EXTRA_ARG: steering.to_wire()} if steering else None
+        values = {"temperature": 0, "logprobs": 1, "ignore_eos": True, **request.get("params", {})}
+        params = SamplingParams(**values, extra_args=extra)
+        prompt = {"prompt_token_ids": request["tokens"]}
+        answers = self.llm.generate(prompt, params, str(uuid.uuid4()), data_parallel_rank=request.get("rank"))
+        output = None
+        async for output in answers:
+            if len(output.outputs[0].token_ids) >= request.get("abort_after", 1 << 30):
+                await answers.aclose()
+                break
+        return result(output)
+
+    async def do_together(self, step: dict[str, Any]) -> Any:
+        """Several steps at once; "after" delays one of them."""
+
+        async def one(part: dict[str, Any]) -> Any:
+            await asyncio.sleep(part.get("start", 0))
+            return await self.attempt(part)
+
+        return await asyncio.gather(*map(one, step["steps"]))
+
+    async def do_kill(self, step: dict[str, Any]) -> Any:
+        """Kill the process of an engine, without a word."""
+        manager = self.llm.engine_core.resources.engine_manager
+        os.kill(manager.processes[step["engine"]].pid, signal.SIGKILL)
+        return {}
+
+    async def do_facts(self, step: dict[str, Any]) -> Any:
+        """Of every engine, once everything sent before is done."""
+        await self.engine.settle()
+        return list((await self.engine._ask(Call("steer_facts"))).values())
+
+
+async def main(job: dict[str, Any]) -> list[Any]:
+    config = SteerConfig.from_dict(job["steer"])
+    arguments = AsyncEngineArgs(model=job["model"], additional_config={KEY: entry(config)}, **job["llm"])
+    llm = AsyncLLM.from_engine_args(arguments)
+    try:
+        steps = Steps(llm)
+        return [await steps.attempt(step) for step in job["steps"]]
+    finally:
+        llm.shutdown()
+
+
+if __name__ == "__main__":
+    answers = asyncio.run(main(json.loads(Path(sys.argv[1]).read_text())))
+    Path(sys.argv[2]).write_text(json.dumps(answers))

@@ -1,0 +1,62 @@
+"""Faults while loading, for tests: what goes wrong is written in the name of the artifact's folder.
+
+`slow@EngineCore_DP1`: reading takes a second in the process of that name (`*`: in all). Also `fail-read`, `fail-commit`,
+`die` (while reading). With this folder on PYTHONPATH, the processes of an engine do so; nothing else changes.
+"""
+
+import importlib.util
+import multiprocessing
+import os
+import sys
+import time
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+
+LOADER = "steer_vllm.engine.loader"
+
+
+def fault_of(load):
+    what, _, where = Path(load.folder).name.partition("@")
+    return what if where in ("*", multiprocessing.current_process().name) else None
+
+
+def spoil(loader):
+    prepare, commit = loader.Load._prepare, loader.Load.commit
+
+    def prepare_or_not(self):
+        fault = fault_of(self)
+        if fault == "slow":
+            time.sleep(1)
+        elif fault == "die":
+            os._exit(7)
+        elif fault == "fail-read":
+            return {"state": "failed", "code": "artifact_invalid", "message": "a fault on purpose"}
+        return prepare(self)
+
+    def commit_or_not(self):
+        if fault_of(self) == "fail-commit":
+            raise MemoryError("a fault on purpose")
+        return commit(self)
+
+    loader.Load._prepare, loader.Load.commit = prepare_or_not, commit_or_not
+
+
+class _Spoiled(MetaPathFinder):
+    """Changes the loader right after it has been imported."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != LOADER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        execute = spec.loader.exec_module
+
+        def execute_and_spoil(module):
+            execute(module)
+            spoil(module)
+
+        spec.loader.exec_module = execute_and_spoil
+        return spec
+
+
+sys.meta_path.insert(0, _Spoiled())
