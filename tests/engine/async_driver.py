@@ -1,7 +1,7 @@
-"""Runs one asynchronous engine in a process of its own, as the server has it: `python async_driver.py JOB.json RESULT.json`.
+"""Runs one asynchronous engine, as the server has it, in a process of its own.
 
-The job and the results are those of `driver.py`; a request's "rank" chooses an engine of a data-parallel group. The
-steps are the methods of `Steps` that begin with `do_`.
+`python async_driver.py JOB.json RESULT.json`: the job and the results are those of `driver.py`; a request's "rank"
+chooses an engine of a data-parallel group. The steps are the methods of `Steps` that begin with `do_`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from engine.driver import result
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from engine.driver import result
 from steer_vllm import Intervention
 from steer_vllm.catalog import Catalog, Entry
 from steer_vllm.config import SteerConfig

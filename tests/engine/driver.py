@@ -98,7 +98,7 @@ def beam(llm: Any, step: dict[str, Any]) -> Any:
 
 
 def facts(llm: Any, step: dict[str, Any]) -> Any:
-    return llm._engine._call("steer_facts")
+    return llm._engine._ask("steer_facts")
 
 
 def forged(llm: Any, step: dict[str, Any]) -> Any:

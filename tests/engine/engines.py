@@ -37,10 +37,16 @@ V2_TRACED = Engine("v2-traced", {**V2.env, "VLLM_CPU_CI_ENV": "1"}, {"enforce_ea
 _FAULTS = {"PYTHONPATH": str(HERE / "faults")}
 _TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 TENSOR_PARALLEL = Engine(
-    "tensor-parallel", {**_FAULTS, **_TWO_CORES}, {"enforce_eager": True, "tensor_parallel_size": 2}, driver="async_driver"
+    "tensor-parallel",
+    {**_FAULTS, **_TWO_CORES},
+    {"enforce_eager": True, "tensor_parallel_size": 2},
+    driver="async_driver",
 )
 DATA_PARALLEL = Engine(
-    "data-parallel", {**_FAULTS, **_TWO_CORES}, {"enforce_eager": True, "data_parallel_size": 2}, driver="async_driver"
+    "data-parallel",
+    {**_FAULTS, **_TWO_CORES},
+    {"enforce_eager": True, "data_parallel_size": 2},
+    driver="async_driver",
 )
 PIPELINE_PARALLEL = Engine(
     "pipeline-parallel",

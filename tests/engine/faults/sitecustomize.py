@@ -1,6 +1,6 @@
 """Faults while loading, for tests: what goes wrong is written in the name of the artifact's folder.
 
-`slow@EngineCore_DP1`: reading takes a second in the process of that name (`*`: in all). Also `fail-read`, `fail-commit`,
+`slow@VllmWorker-1`: reading takes a second in the process of that name (`*`: in all). Also `fail-read`, `fail-commit`,
 `die` (while reading). With this folder on PYTHONPATH, the processes of an engine do so; nothing else changes.
 """
 
