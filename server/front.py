@@ -6,8 +6,9 @@ protocol below JSON.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,11 +25,24 @@ from .registry import Registry
 from .settings import Limits
 
 
+class Adapters(Protocol):
+    """The LoRA adapters that are served under names of their own."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    async def check(self, name: str, digests: Iterable[str]) -> None:
+        """Errors: `Unsupported` where adapter and interventions are not exact together, `ModelNotFound`."""
+
+
 @dataclass(frozen=True)
 class Decision:
-    """A request that may go on. model: the name its answer carries, None for vLLM's choice."""
+    """A request that may go on. model: the name its answer carries, None for vLLM's choice.
+
+    adapter: the name of the LoRA adapter it uses beside its interventions.
+    """
 
     model: str | None = None
+    adapter: str | None = None
     applied: str = ""
     digests: frozenset[str] = frozenset()
     rows: Rows = field(default_factory=Rows)
@@ -52,13 +66,22 @@ class Lease:
 class Front:
     """What the middleware and the routes share; one per server."""
 
-    def __init__(self, registry: Registry, keys: Keys, config: SteerConfig, largest: float, limits: Limits) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        keys: Keys,
+        config: SteerConfig,
+        largest: float,
+        limits: Limits,
+        adapters: Adapters | None = None,
+    ) -> None:
         self.registry = registry
         self.keys = keys
         self.limits = limits
         self.gate = Gate(config)
         self._config = config
         self._largest = largest
+        self._adapters = adapters
 
     @property
     def base_names(self) -> tuple[str, ...]:
@@ -73,9 +96,11 @@ class Front:
         asks = (Ask(wanted.alias),) if wanted.alias is not None else wanted.asks or ()
         if not asks:
             return Decision(wanted.model if wanted.base else None)
-        if wanted.base is None and wanted.model is not None:
+        adapter = wanted.model if wanted.base is None else None
+        if adapter is not None and (self._adapters is None or adapter not in self._adapters):
             raise ModelNotFound(
-                f"interventions edit the base model {self.base_names[0]!r}, not {wanted.model!r}", param="model"
+                f"interventions edit the base model {self.base_names[0]!r} or a LoRA adapter of it, not {adapter!r}",
+                param="model",
             )
         bodies.check_features(body, self.limits.n)
         entries: dict[str, Entry] = {}
@@ -86,10 +111,11 @@ class Front:
 
         steering = request.bind(asks, lookup, self._config, response_start=wanted.response_start, scored=wanted.scored)
         assert steering is not None  # there are asks
-        base = wanted.base or self.base_names[0]
+        base = adapter or wanted.base or self.base_names[0]
         bodies.write(body, base, steering.to_wire())
         return Decision(
             model=wanted.model or base,
+            adapter=adapter,
             applied=", ".join(
                 f"{ask.name}@sha256:{part.digest[:12]}*{_short(part.scale)}"
                 for ask, part in zip(asks, steering.components, strict=True)
@@ -106,6 +132,11 @@ class Front:
         ticket = self.gate.request(decision.rows) if decision.digests else None
         self.registry.enter(set(decision.digests))
         return Lease(self, decision, ticket)
+
+    async def check_adapter(self, decision: Decision) -> None:
+        """Errors: those of `Adapters.check`, for a decision that has an adapter."""
+        if decision.adapter is not None and self._adapters is not None:
+            await self._adapters.check(decision.adapter, decision.digests)
 
     def _entry(self, name: str, wanted: bodies.Wanted) -> Entry:
         try:

@@ -106,6 +106,7 @@ class SteerMiddleware:
                     raise NoRows(
                         f"every row the request needs was in use for {front.limits.row_wait:g} s; try again"
                     ) from None
+            await front.check_adapter(decision)
             content = json.dumps(body).encode()
             name = asked_model.set(decision.model)
             try:

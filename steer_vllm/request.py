@@ -45,6 +45,14 @@ class Steering:
         rows = [[c.digest, c.scale, str(c.positions)] for c in self.components]
         return json.dumps({"components": rows, "response_start": self.response_start}, separators=(",", ":"))
 
+    def check_prompt(self, prompt_len: int) -> None:
+        """Errors: `InvalidIntervention` when the answer would begin behind a prompt of that many tokens."""
+        if self.response_start is not None and self.response_start > prompt_len:
+            raise InvalidIntervention(
+                f"response_start {self.response_start} is beyond the prompt's {prompt_len} tokens",
+                param="response_start",
+            )
+
     @classmethod
     def from_wire(cls, text: object) -> Steering:
         """Read it back in the engine.

@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter
+from collections.abc import Hashable
 from typing import Any, Literal
 
 from ..config import SteerConfig
-from ..errors import ArtifactInvalid, InvalidIntervention, NoRows
+from ..errors import ArtifactInvalid, InvalidIntervention, NoRows, Unsupported
 from ..plan import Fill, Placement, Plan, Summary, contents, needs
 from ..request import Steering
 from ..rows import Content, RowLedger
@@ -35,24 +36,27 @@ class Admission:
         self._closing: set[str] = set()
         self._users: Counter[str] = Counter()
         self._pins: dict[int, _Pin] = {}
+        self._adapters: dict[str, set[Hashable]] = {}
         self._tickets = itertools.count(1)
         self._additive = RowLedger(config.additive_table_rows - 1, "additive")
         self._low_rank = RowLedger(config.low_rank_table_rows - 1, "low-rank")
 
-    def admit(self, steering: Steering, prompt_len: int) -> Plan:
-        """Pin what the request needs and say where it is, until its plan is released.
+    def admit(self, steering: Steering, prompt_len: int, adapter: Hashable | None = None) -> Plan:
+        """Pin what the request needs and say where it is, until its plan is released. adapter: its LoRA, if any.
 
         Errors: `ArtifactInvalid` for content that is not loaded, `NoRows`, `InvalidIntervention` for a response_start
-        beyond the prompt or positions that need other edits, and those of `plan.needs`. Nothing is pinned then.
+        beyond the prompt or positions that need other edits, `Unsupported` for an adapter that `pair` was not called
+        with, and those of `plan.needs`. Nothing is pinned then.
         """
         start = steering.response_start
-        if start is not None and start > prompt_len:
-            raise InvalidIntervention(f"response_start {start} is beyond the prompt's {prompt_len} tokens")
+        steering.check_prompt(prompt_len)
         with self._lock:
             digests = frozenset(component.digest for component in steering.components)
             for digest in sorted(digests):
                 if digest not in self._loaded or digest in self._closing:
                     raise ArtifactInvalid(f"the engine does not hold the intervention {digest[:12]}")
+                if adapter is not None and adapter not in self._adapters.get(digest, ()):
+                    raise Unsupported(f"{adapter} was not checked beside the intervention {digest[:12]}")
             for component in steering.components:
                 parts, at = len(self._loaded[component.digest].parts), component.positions
                 if at.parts != parts:
@@ -110,6 +114,23 @@ class Admission:
         with self._lock:
             return "absent" if digest not in self._loaded else "closing" if digest in self._closing else "open"
 
+    def pair(self, adapter: Hashable, digest: str) -> None:
+        """The workers say that this adapter beside this content is exact: requests may use both."""
+        with self._lock:
+            if digest in self._loaded:
+                self._adapters.setdefault(digest, set()).add(adapter)
+
+    def paired(self, adapter: Hashable, digest: str) -> bool:
+        """Whether `pair` was called with them."""
+        with self._lock:
+            return adapter in self._adapters.get(digest, ())
+
+    def unpair(self, adapter: Hashable) -> None:
+        """The adapter's weights are read again: what the workers said of it no longer holds."""
+        with self._lock:
+            for adapters in self._adapters.values():
+                adapters.discard(adapter)
+
     def reopen(self, digest: str) -> Summary | None:
         """The summary of content that is held, which requests may name again; None when it is not held."""
         with self._lock:
@@ -131,6 +152,7 @@ class Admission:
             if digest not in self._closing or self._users[digest]:
                 return False
             del self._loaded[digest]
+            self._adapters.pop(digest, None)
             del self._users[digest]
             self._closing.discard(digest)
             self._additive.forget(digest)

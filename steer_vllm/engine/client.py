@@ -49,6 +49,10 @@ class AsyncEngine:
         """Come back when the engines have done everything that was sent before, aborts included."""
         await self._run(conversation.settle())
 
+    async def check_adapter(self, lora_request: Any, digest: str) -> None:
+        """Let requests combine vLLM's `LoRARequest` with this content. Errors: `Unsupported` if that is not exact."""
+        await self._run(conversation.check_adapter(lora_request, digest))
+
     async def facts(self) -> EngineFacts:
         """Errors: `StartupRefused` when a process of the engine lacks the plugin or steering is off."""
         return await self._run(conversation.facts())
@@ -126,6 +130,10 @@ class SyncEngine:
     def unload(self, digest: str) -> bool:
         """As `AsyncEngine.unload`."""
         return self._run(conversation.unload(digest))
+
+    def check_adapter(self, lora_request: Any, digest: str) -> None:
+        """As `AsyncEngine.check_adapter`."""
+        self._run(conversation.check_adapter(lora_request, digest))
 
     def facts(self) -> EngineFacts:
         """As `AsyncEngine.facts`."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ..config import SteerConfig
 from ..errors import EngineUnavailable, StartupRefused, SteerError, by_code
@@ -31,7 +31,7 @@ class Call(NamedTuple):
     """
 
     method: str
-    args: tuple[str, ...] = ()
+    args: tuple[Any, ...] = ()
     engines: tuple[int, ...] | None = None
     leave: bool = False
 
@@ -104,6 +104,11 @@ def unload(digest: str) -> Conversation[bool]:
         return False
     freed = _all_well((yield Call("steer_free", (digest,))))
     return not _having(freed, "busy")
+
+
+def check_adapter(lora_request: Any, digest: str) -> Conversation[None]:
+    """Let requests combine vLLM's `LoRARequest` with this content. Errors: `Unsupported` where that is not exact."""
+    _all_well((yield Call("steer_adapter", (lora_request, digest))))
 
 
 def settle() -> Conversation[None]:

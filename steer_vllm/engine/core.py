@@ -15,6 +15,7 @@ import torch
 from ..errors import EngineUnavailable, SteerError, Unsupported
 from ..plan import PartSummary, Plan, merge
 from ..request import EXTRA_ARG, Steering
+from . import adapters
 from .admission import Admission
 from .answer import Answer, answered
 from .settings import steer_config
@@ -46,7 +47,7 @@ def install() -> None:
             _patch_reject(EngineCoreProc, name)
     _patch_free(Scheduler)
     for utility in (
-        steer_begin, steer_poll, steer_commit, steer_drop, steer_close, steer_free, steer_settle, steer_facts
+        steer_begin, steer_poll, steer_commit, steer_drop, steer_close, steer_free, steer_adapter, steer_settle, steer_facts
     ):  # fmt: skip
         setattr(EngineCore, utility.__name__, utility)
 
@@ -69,16 +70,19 @@ def _patch_preprocess(engine_core: Any) -> None:
     def preprocess_and_admit(self: Any, request: Any) -> Any:
         params = request.sampling_params
         extra = params.extra_args if params is not None else None
+        admission, lora = _admission(self), request.lora_request
+        adapter = adapters.identity(lora) if lora is not None else None
+        if admission is not None and lora is not None and lora.load_inplace:
+            admission.unpair(adapter)
         if not extra or EXTRA_ARG not in extra:
             return preprocess_add_request(self, request)
-        admission = _admission(self)
         if admission is None:
             raise Unsupported("this engine was started without steering: no intervention can be applied")
         if getattr(request, "resumable", False):
             raise Unsupported("streaming-input requests cannot carry interventions: their prompt grows")
-        if request.lora_request is not None:
-            raise Unsupported("a LoRA and an intervention on one request are not supported yet")
-        plan = admission.admit(Steering.from_wire(extra[EXTRA_ARG]), _prompt_len(request))
+        if lora is not None:
+            adapters.check_lasting(lora)
+        plan = admission.admit(Steering.from_wire(extra[EXTRA_ARG]), _prompt_len(request), adapter)
         try:
             request.sampling_params = copy.copy(params)
             request.sampling_params.extra_args = {**extra, EXTRA_ARG: plan}
@@ -187,6 +191,26 @@ def steer_free(self: Any, digest: str) -> Answer:
     if not _required(self).forget(digest):
         return {"state": "busy"}
     return _ask_ranks(self, "steer_free", digest)[0]
+
+
+@answered
+def steer_adapter(self: Any, lora_request: Any, digest: str) -> Answer:
+    """Utility: let requests use a LoRA beside this content, if every rank says that it is exact."""
+    import msgspec
+    from vllm.lora.request import LoRARequest
+
+    if self.vllm_config.lora_config is None:
+        raise Unsupported("LoRA is not enabled in this engine")
+    lora_request = msgspec.convert(lora_request, LoRARequest)  # a list, when it comes from another process
+    adapters.check_lasting(lora_request)
+    admission, adapter = _required(self), adapters.identity(lora_request)
+    if not admission.paired(adapter, digest):
+        worst, answers = _ask_ranks(self, "steer_adapter", lora_request, digest)
+        if worst["state"] != "done":
+            return worst
+        adapters.refuse(adapter, digest, (layer for answer in answers for layer in answer["layers"]))
+        admission.pair(adapter, digest)
+    return {"state": "done"}
 
 
 @answered

@@ -17,6 +17,7 @@ from ..server.registry import Registry, log
 from ..server.routes import router
 from ..server.settings import Settings, Source
 from ..server.store import Store
+from .adapters import ServedAdapters
 from .client import AsyncEngine
 from .http import answer_with
 from .serve import MIDDLEWARE
@@ -54,7 +55,8 @@ class SteerEndpoint:
         )
         for artifact in settings.artifacts:
             await _load(registry, artifact)
-        state.steer = Front(registry, settings.keys(), facts.config, facts.largest, settings.limits)
+        adapters = ServedAdapters(engine, state.openai_serving_models)
+        state.steer = Front(registry, settings.keys(), facts.config, facts.largest, settings.limits, adapters)
         log.info(
             "steer-vllm: %d interventions, tables of %.1f MB per rank (%d), %s",
             len(registry.catalog),

@@ -30,6 +30,9 @@ from .settings import KEY, entry
 Asked = Sequence[Mapping[str, Any]] | None
 """What one prompt asks for: [{"name": ..., "scale": ..., "positions": ...}, ...]; None or empty: the base model."""
 
+_OF_PROMPTS = ("priority", "lora_request")
+"""vLLM's arguments that may be lists with one entry per prompt."""
+
 __all__ = ["LLM", "SamplingParams"]
 
 
@@ -143,8 +146,6 @@ class LLM(vllm.LLM):
             return run(prompts, sampling_params, **kwargs)
         if not interventions:
             raise InvalidIntervention("response_start says where edits begin, and there are no interventions")
-        if kwargs.get("lora_request"):
-            raise Unsupported("a LoRA and an intervention on one request are not supported yet")
         asked = _per_prompt(interventions, len(prompts))
         params = _params(sampling_params, len(prompts), self.get_default_sampling_params)
         steerings = [
@@ -157,11 +158,15 @@ class LLM(vllm.LLM):
             )
             for one, param in zip(asked, params, strict=True)
         ]
+        loras = kwargs.get("lora_request")
+        per_prompt = list(loras) if isinstance(loras, (list, tuple)) else [loras] * len(prompts)
+        for steering, lora in zip(steerings, per_prompt, strict=True):
+            for component in steering.components if steering and lora else ():
+                self._engine.check_adapter(lora, component.digest)
         steered = [_with(param, steering) for param, steering in zip(params, steerings, strict=True)]
         outputs: list[Any] = []
         for wave in self._waves(steerings):
-            priority = kwargs.get("priority")
-            own = {"priority": priority[wave]} if isinstance(priority, (list, tuple)) else {}
+            own = {name: kwargs[name][wave] for name in _OF_PROMPTS if isinstance(kwargs.get(name), (list, tuple))}
             outputs += self._run(run, prompts[wave], steered[wave], {**kwargs, **own})
         return outputs
 

@@ -93,6 +93,7 @@ class Load:
             self.parts = self._pack(dict(zip(self.heads, whole, strict=True)))
         for number, part in enumerate(self.parts):
             self.steering.store[self.digest, number] = part
+        self.steering.head_layers[self.digest] = frozenset(self.heads)
         return {"state": "done", "parts": [part.summary()._asdict() for part in self.parts]}
 
     def _reduce(self, *, failed: bool) -> tuple[list[torch.Tensor], bool]:
@@ -136,6 +137,7 @@ def free(steering: WorkerSteering, digest: str) -> Answer:
     """Forget content that is loaded."""
     for key in [key for key in steering.store if key[0] == digest]:
         del steering.store[key]
+    steering.head_layers.pop(digest, None)
     return {"state": "done"}
 
 

@@ -19,6 +19,7 @@ class OutputProjection:
 
     def __init__(self, module: nn.Module, layer: int) -> None:
         self.base: Any = getattr(module, "base_layer", module)
+        self._module: Any = module
         if self.base.tp_size > 1 and not self.base.reduce_results:
             raise StartupRefused(
                 f"layer {layer}: the attention output projection leaves partial sums under tensor parallelism"
@@ -30,6 +31,12 @@ class OutputProjection:
         return _is_plain(
             getattr(self.base, "weight", None), (self.base.output_size, self.base.input_size_per_partition)
         )
+
+    def adapted(self, slot: int) -> bool:
+        """Whether the LoRA in that slot of vLLM's tables changes W_o."""
+        if self._module is self.base:
+            return False
+        return any(bool(stack[slot].any()) for stack in self._module.lora_b_stacked)
 
     def __call__(self, heads: torch.Tensor) -> torch.Tensor:
         """This rank's part of W_o z, without bias: [num_heads * head_dim] -> [hidden]; ranks add up to the whole.

@@ -54,6 +54,7 @@ class WorkerSteering:
         self.tokens = TokenSlots(scheduler.max_num_batched_tokens + scheduler.max_num_seqs, device)
         self.requests = RequestSlots(scheduler.max_num_seqs, config, device)
         self.store: dict[tuple[str, int], Packed] = {}
+        self.head_layers: dict[str, frozenset[int]] = {}
         self.pending: dict[str, Load] = {}
         self._steps = torch.arange(len(self.tokens.scales), dtype=torch.int32, device=device)
         self._batch: list[str] | None = None

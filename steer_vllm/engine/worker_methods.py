@@ -9,7 +9,7 @@ from functools import wraps
 from typing import Any
 
 from ..errors import StartupRefused
-from . import loader, refusals
+from . import adapters, loader, refusals
 from .answer import Answer, answered
 from .settings import steer_config
 from .worker import WorkerSteering
@@ -24,7 +24,7 @@ def install() -> None:
     """
     from vllm.v1.worker.worker_base import WorkerBase
 
-    for method in (steer_begin, steer_poll, steer_commit, steer_drop, steer_free, steer_facts):
+    for method in (steer_begin, steer_poll, steer_commit, steer_drop, steer_free, steer_adapter, steer_facts):
         setattr(WorkerBase, method.__name__, method)
     _patch_init(WorkerBase)
 
@@ -73,6 +73,11 @@ def steer_drop(self: Any, digest: str) -> Answer:
 @answered
 def steer_free(self: Any, digest: str) -> Answer:
     return loader.free(steering_of(self), digest)
+
+
+@answered
+def steer_adapter(self: Any, lora_request: Any, digest: str) -> Answer:
+    return adapters.conflicts(self, steering_of(self), lora_request, digest)
 
 
 @answered

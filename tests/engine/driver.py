@@ -57,18 +57,31 @@ def generate(llm: Any, step: dict[str, Any]) -> Any:
     more = {"interventions": [request.get("interventions") for request in requests]} if "steered" in step else {}
     if "response_start" in step:
         more["response_start"] = step["response_start"]
-    outputs = llm.generate(prompts, params, use_tqdm=False, **more)
+    outputs = llm.generate(prompts, params, use_tqdm=False, **of_prompts(requests), **more)
     return [result(output) for output in outputs]
 
 
 def prompt(request: dict[str, Any]) -> dict[str, Any]:
-    """Tokens, and pictures by their files."""
+    """Tokens, with pictures by their files; or embeddings, a safetensors file with [tokens, hidden]."""
+    if "embeds" in request:
+        from safetensors.torch import load_file
+
+        return {"prompt_embeds": load_file(request["embeds"])["embeds"]}
     if "images" not in request:
         return {"prompt_token_ids": request["tokens"]}
     from PIL import Image
 
     images = [Image.open(path) for path in request["images"]]
     return {"prompt_token_ids": request["tokens"], "multi_modal_data": {"image": images}}
+
+
+def of_prompts(requests: list[dict[str, Any]]) -> dict[str, Any]:
+    """vLLM's arguments with one entry per prompt, where the requests have them."""
+    from vllm.lora.request import LoRARequest
+
+    if not any("lora" in request for request in requests):
+        return {}
+    return {"lora_request": [LoRARequest(**request["lora"]) if "lora" in request else None for request in requests]}
 
 
 def result(output: Any) -> dict[str, Any]:
@@ -112,7 +125,7 @@ def forged(llm: Any, step: dict[str, Any]) -> Any:
         )
         for extra in step["extra_args"]
     ]
-    return [result(output) for output in LLM.generate(llm, prompts, params, use_tqdm=False)]
+    return [result(output) for output in LLM.generate(llm, prompts, params, use_tqdm=False, **of_prompts([step]))]
 
 
 STEPS = {"forged": forged, "load": load, "unload": unload, "generate": generate, "facts": facts, "beam": beam}

@@ -31,6 +31,7 @@ class Rank:
         self.device = torch.device("cpu")
         self.layout = Layout.of(layers, BASE.hidden_size, CONFIG)
         self.store: dict[tuple[str, int], Packed] = {}
+        self.head_layers: dict[str, frozenset[int]] = {}
         self.pending: dict[str, loader.Load] = {}
         self.tensor_parallel = ranks
         self.tables: Any = dataclasses.make_dataclass("Tables", ["nbytes"])(1234)
