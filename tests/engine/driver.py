@@ -118,6 +118,9 @@ def forged(llm: Any, step: dict[str, Any]) -> Any:
     """Requests that never passed the front: one that the core must refuse beside others that it must not touch."""
     from vllm import LLM, SamplingParams
 
+    from steer_vllm.engine import intake
+
+    intake.check = lambda prompt, params: None  # a front that lets everything through
     prompts = [{"prompt_token_ids": tokens} for tokens in step["prompts"]]
     params = [
         SamplingParams(

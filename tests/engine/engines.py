@@ -30,6 +30,7 @@ _V2 = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": s
 V1_EAGER = Engine("v1-eager", _IN_PROCESS, {"enforce_eager": True})
 V1_COMPILED = Engine("v1-compiled", _IN_PROCESS, {"enforce_eager": False})
 V1_PROCESSES = Engine("v1-processes", {}, {"enforce_eager": True, "async_scheduling": True})
+V2_PROCESSES = Engine("v2-processes", _V2, {"enforce_eager": True, "async_scheduling": True}, runner="v2")
 V2 = Engine("v2", {**_IN_PROCESS, **_V2}, {"enforce_eager": True}, runner="v2")
 # Dynamo traces the edit, no code is generated: the interpreter's stand-in backend has no compiler.
 V2_TRACED = Engine("v2-traced", {**V2.env, "VLLM_CPU_CI_ENV": "1"}, {"enforce_eager": False}, runner="v2")

@@ -39,6 +39,28 @@ def logprobs(
         return model(torch.tensor([tokens]), **inputs).logits[0].log_softmax(-1)
 
 
+def check_sampled(
+    model: PreTrainedModel,
+    request: dict[str, Any],
+    result: dict[str, Any],
+    interventions: dict[str, Intervention],
+) -> None:
+    """The log-probabilities of whatever was sampled, in every choice, and of the prompt where it was scored.
+
+    They are the model's own: before biases, penalties, masks and temperature, as vLLM reports them by default.
+    """
+    prompt, start = request["tokens"], request.get("response_start")
+    asks = request.get("interventions") or []
+    for choice in result["choices"]:
+        made = choice["tokens"]
+        predicted = logprobs(model, prompt + made, asks, interventions, start or len(prompt))
+        following = torch.tensor((prompt + made)[1:])
+        expected = predicted[torch.arange(len(following)), following]
+        found = torch.tensor((result["prompt_logprobs"] or expected[: len(prompt) - 1].tolist()) + choice["logprobs"])
+        difference = (expected - found).abs().max().item()
+        assert difference < TOLERANCE, (difference, request)
+
+
 def check(
     model: PreTrainedModel,
     request: dict[str, Any],

@@ -5,7 +5,6 @@ The oracle is the adapter merged into the transformers model, with `hf.steered` 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
