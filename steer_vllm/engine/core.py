@@ -46,9 +46,8 @@ def install() -> None:
         if hasattr(EngineCoreProc, name):
             _patch_reject(EngineCoreProc, name)
     _patch_free(Scheduler)
-    for utility in (
-        steer_begin, steer_poll, steer_commit, steer_drop, steer_close, steer_free, steer_adapter, steer_settle, steer_facts
-    ):  # fmt: skip
+    loading = (steer_begin, steer_poll, steer_commit, steer_drop, steer_close, steer_free)
+    for utility in (*loading, steer_adapter, steer_settle, steer_facts):
         setattr(EngineCore, utility.__name__, utility)
 
 

@@ -32,6 +32,37 @@ _ROWS = (
     Feature("async scheduling", SUPPORTED, "tests/engine/test_prefix_cache.py"),
     Feature("multi-modal models with causal attention, with pictures", SUPPORTED, "tests/engine/test_multimodal.py"),
     Feature("multi-modal models as text models (language_model_only)", SUPPORTED, "tests/engine/test_multimodal.py"),
+    Feature("LoRA and interventions on one request", SUPPORTED, "tests/engine/test_lora.py"),
+    Feature(
+        "LoRA of the attention output projection beside head offsets of the same layer",
+        f"{REFUSED_PER_REQUEST}: the offsets were compiled with the base model's projection",
+        "tests/engine/test_lora.py",
+    ),
+    Feature(
+        "LoRA loaded in place, beside interventions",
+        f"{REFUSED_PER_REQUEST}: its weights may change while the request runs",
+        "tests/engine/test_lora.py",
+    ),
+    Feature(
+        "n, stop strings, min_tokens, logit_bias, penalties, seeds, top_k, top_p, min_p, bad words, allowed tokens",
+        SUPPORTED,
+        "tests/engine/test_features.py",
+    ),
+    Feature("structured outputs (JSON, regex, choice)", SUPPORTED, "tests/engine/test_features.py"),
+    Feature("priority scheduling", SUPPORTED, "tests/engine/test_features.py"),
+    Feature("chunked prefill", SUPPORTED, "tests/engine/test_features.py"),
+    Feature("cancellation before the first token, and later", SUPPORTED, "tests/engine/test_features.py"),
+    Feature("prompt_logprobs and echo, with response_start", SUPPORTED, "tests/engine/test_features.py"),
+    Feature(
+        "prompt_logprobs and echo without response_start, where positions depend on the prompt's end",
+        f"{REFUSED_PER_REQUEST}: the answer is part of the prompt, and nobody says where it starts",
+        "tests/engine/test_bad_input.py",
+    ),
+    Feature(
+        "streaming input",
+        f"{REFUSED_PER_REQUEST}: the prompt grows, and positions are resolved once",
+        "tests/engine/test_features.py",
+    ),
     Feature("beam search", f"{REFUSED_PER_REQUEST}: it drops interventions", "tests/engine/test_bad_input.py"),
 )
 

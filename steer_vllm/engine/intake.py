@@ -35,8 +35,8 @@ def install() -> None:
         check(prompt, params)
         return add_request(self, request_id, prompt, params, *args, **kwargs)
 
-    AsyncLLM.generate = check_and_generate  # type: ignore[method-assign]
-    LLMEngine.add_request = check_and_add  # type: ignore[method-assign]
+    AsyncLLM.generate = check_and_generate
+    LLMEngine.add_request = check_and_add
 
 
 def check(prompt: Any, params: Any) -> None:

@@ -39,7 +39,11 @@ def test_a_changed_signature_names_the_file(seam: Seam, monkeypatch: pytest.Monk
         require()
 
 
-@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.name)
+@pytest.mark.parametrize(
+    "seam",
+    [seam for seam in SEAMS if seam.name != "AsyncLLM.generate"],  # its abstract parent has it: no engine could start
+    ids=lambda seam: seam.name,
+)
 def test_a_function_that_is_gone_names_the_file(seam: Seam, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(*owner_of(seam))
     lines = problems()
