@@ -7,7 +7,7 @@ decide nothing: rows are handed out elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -68,6 +68,15 @@ class SlotTables:
             if self._low_rank_held.get(fill.row) != fill.content:
                 self.write_low_rank(fill.row, gather(fill, store))
                 self._low_rank_held[fill.row] = fill.content
+
+    def refill(self, digests: Container[str], store: Store) -> None:
+        """Write the rows again that hold content of these digests; rows of content that is gone are forgotten."""
+        for held, write in ((self._additive_held, self.write_additive), (self._low_rank_held, self.write_low_rank)):
+            for row, content in list(held.items()):
+                if not all((term.digest, term.part) in store for term in content):
+                    del held[row]
+                elif any(term.digest in digests for term in content):
+                    write(row, gather(Fill(row, content), store))
 
     def write_additive(self, row: int, packed: Packed) -> None:
         """Copy one part's offsets into a row; a part without any makes it the identity."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, Literal
 
 from ..config import SteerConfig
@@ -34,6 +34,7 @@ class Admission:
         self._lock = threading.Lock()
         self._loaded: dict[str, Summary] = {}
         self._closing: set[str] = set()
+        self._unfit: dict[str, str] = {}
         self._users: Counter[str] = Counter()
         self._pins: dict[int, _Pin] = {}
         self._adapters: dict[str, set[Hashable]] = {}
@@ -57,6 +58,7 @@ class Admission:
                     raise ArtifactInvalid(f"the engine does not hold the intervention {digest[:12]}")
                 if adapter is not None and adapter not in self._adapters.get(digest, ()):
                     raise Unsupported(f"{adapter} was not checked beside the intervention {digest[:12]}")
+                self._check_fit(digest)
             for component in steering.components:
                 parts, at = len(self._loaded[component.digest].parts), component.positions
                 if at.parts != parts:
@@ -132,8 +134,12 @@ class Admission:
                 adapters.discard(adapter)
 
     def reopen(self, digest: str) -> Summary | None:
-        """The summary of content that is held, which requests may name again; None when it is not held."""
+        """The summary of content that is held, which requests may name again; None when it is not held.
+
+        Errors: `ArtifactInvalid` for content that does not fit the present weights.
+        """
         with self._lock:
+            self._check_fit(digest)
             self._closing.discard(digest)
             return self._loaded.get(digest)
 
@@ -154,10 +160,28 @@ class Admission:
             del self._loaded[digest]
             self._adapters.pop(digest, None)
             del self._users[digest]
+            self._unfit.pop(digest, None)
             self._closing.discard(digest)
             self._additive.forget(digest)
             self._low_rank.forget(digest)
             return True
+
+    def follow(self, summaries: Iterable[Summary], unfit: Mapping[str, str]) -> None:
+        """The weights may have changed: the new summaries, and why which digests are no longer to be admitted."""
+        with self._lock:
+            self._loaded |= {summary.digest: summary for summary in summaries}
+            self._unfit = dict(unfit)
+
+    def spoil(self, reason: str) -> None:
+        """Nothing that is loaded is to be admitted, until `follow` says otherwise."""
+        with self._lock:
+            self._unfit = dict.fromkeys(self._loaded, reason)
+
+    def _check_fit(self, digest: str) -> None:
+        if digest in self._unfit:
+            raise ArtifactInvalid(
+                f"the intervention {digest[:12]} does not fit the weights served: {self._unfit[digest]}"
+            )
 
     def facts(self) -> dict[str, Any]:
         """Counts for logs and tests."""

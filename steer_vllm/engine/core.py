@@ -15,7 +15,7 @@ import torch
 from ..errors import EngineUnavailable, SteerError, Unsupported
 from ..plan import PartSummary, Plan, merge
 from ..request import EXTRA_ARG, Steering
-from . import adapters
+from . import adapters, weights
 from .admission import Admission
 from .answer import Answer, answered
 from .settings import steer_config
@@ -46,6 +46,7 @@ def install() -> None:
         if hasattr(EngineCoreProc, name):
             _patch_reject(EngineCoreProc, name)
     _patch_free(Scheduler)
+    weights.install(EngineCore, _ask_ranks)
     loading = (steer_begin, steer_poll, steer_commit, steer_drop, steer_close, steer_free)
     for utility in (*loading, steer_adapter, steer_settle, steer_facts):
         setattr(EngineCore, utility.__name__, utility)

@@ -71,7 +71,7 @@ SEAMS = (
     Seam("vllm.v1.engine.llm_engine", "LLMEngine.add_request", ("self", "request_id", "prompt", "params"), "intake.py"),
     Seam("vllm.v1.worker.worker_base", "WorkerBase.add_lora", ("self", "lora_request"), "adapters.py"),
     Seam("vllm.v1.engine.core", "EngineCore.preprocess_add_request", ("self", "request"), "core.py"),
-    Seam("vllm.v1.engine.core", "EngineCore.collective_rpc", ("self", "method", "timeout", "args"), "core.py"),
+    Seam("vllm.v1.engine.core", "EngineCore.collective_rpc", ("self", "method", "timeout", "args"), "weights.py"),
     Seam("vllm.v1.engine.core", "EngineCoreProc._reject_add_in_shutdown", ("self",), "core.py"),
     Seam("vllm.v1.core.sched.scheduler", "Scheduler._free_request", ("self", "request"), "core.py"),
     Seam(

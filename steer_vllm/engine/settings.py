@@ -34,19 +34,20 @@ def steer_config(vllm_config: Any) -> SteerConfig | None:
     return SteerConfig.from_dict({name: value for name, value in values.items() if name != "version"})
 
 
-def base_fingerprint(vllm_config: Any) -> Fingerprint:
+def base_fingerprint(configs: Any) -> Fingerprint:
     """The fingerprint of the model being served, from the files that vLLM loaded.
 
+    configs: has vLLM's `model_config` and `load_config`, which a reload from other files changes on the runner.
     Errors: `ArtifactInvalid` for files that cannot be read, `StartupRefused` where the served model has other shapes
     than its files say (`hf_overrides`): an artifact would name layers that are not there.
     """
-    model = vllm_config.model_config
+    model = configs.model_config
     folder = Path(model.model)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
-    base = Fingerprint.of(folder, weights=str(vllm_config.load_config.load_format) != "dummy")
+    base = Fingerprint.of(folder, weights=str(configs.load_config.load_format) != "dummy")
     served = {"num_layers": model.hf_text_config.num_hidden_layers, "hidden_size": model.hf_text_config.hidden_size}
     differ = [
         f"{name} {getattr(base, name)}, served {value}"

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import SteerConfig
+from ..fingerprint import Fingerprint
 from ..packed import Layout, Packed
 from ..plan import Plan
 from ..slots import RequestSlots, SlotTables, TokenSlots, staged
+from .compilation import Compilation
 from .layers import find_layers, wrap
 from .projection import OutputProjection
 from .settings import base_fingerprint, steer_config
@@ -56,6 +58,8 @@ class WorkerSteering:
         self.store: dict[tuple[str, int], Packed] = {}
         self.head_layers: dict[str, frozenset[int]] = {}
         self.pending: dict[str, Load] = {}
+        self.bases: dict[str, Fingerprint] = {}
+        self.compilations: dict[str, Compilation] = {}
         self._steps = torch.arange(len(self.tokens.scales), dtype=torch.int32, device=device)
         self._batch: list[str] | None = None
         self._rows = torch.zeros(0, dtype=torch.int64, device=device)

@@ -9,9 +9,9 @@ from functools import wraps
 from typing import Any
 
 from ..errors import StartupRefused
-from . import adapters, loader, refusals
+from . import adapters, compilation, loader, refusals
 from .answer import Answer, answered
-from .settings import steer_config
+from .settings import base_fingerprint, steer_config
 from .worker import WorkerSteering
 
 
@@ -24,7 +24,8 @@ def install() -> None:
     """
     from vllm.v1.worker.worker_base import WorkerBase
 
-    for method in (steer_begin, steer_poll, steer_commit, steer_drop, steer_free, steer_adapter, steer_facts):
+    loading = (steer_begin, steer_poll, steer_commit, steer_drop, steer_free)
+    for method in (*loading, steer_reproject, steer_repack, steer_adapter, steer_facts):
         setattr(WorkerBase, method.__name__, method)
     _patch_init(WorkerBase)
 
@@ -78,6 +79,16 @@ def steer_free(self: Any, digest: str) -> Answer:
 @answered
 def steer_adapter(self: Any, lora_request: Any, digest: str) -> Answer:
     return adapters.conflicts(self, steering_of(self), lora_request, digest)
+
+
+@answered
+def steer_reproject(self: Any) -> Answer:
+    return compilation.reproject(steering_of(self), base_fingerprint(self.model_runner))
+
+
+@answered
+def steer_repack(self: Any) -> Answer:
+    return compilation.repack(steering_of(self))
 
 
 @answered

@@ -33,6 +33,8 @@ class Rank:
         self.store: dict[tuple[str, int], Packed] = {}
         self.head_layers: dict[str, frozenset[int]] = {}
         self.pending: dict[str, loader.Load] = {}
+        self.bases: dict[str, Any] = {}
+        self.compilations: dict[str, Any] = {}
         self.tensor_parallel = ranks
         self.tables: Any = dataclasses.make_dataclass("Tables", ["nbytes"])(1234)
         self.others: list[Rank] = []
@@ -110,9 +112,9 @@ def test_tensor_parallel_ranks_add_up(item: Intervention, tmp_path: Path) -> Non
     for rank in ranks:
         assert start(rank, item, tmp_path) == {"state": "ready"}
         loads.append(rank.pending.pop(item.digest))
-        assert (loads[-1].parts == ()) == bool(loads[-1].heads), "only sums of ranks wait for the commit"
+        assert (loads[-1].parts == ()) == bool(loads[-1].compilation.heads), "only sums of ranks wait for the commit"
     for rank, load in zip(ranks, loads, strict=True):
-        rank.waiting = [[*other.projected.values(), torch.zeros(24)] for other in loads]
+        rank.waiting = [[*other.compilation.projected.values(), torch.zeros(24)] for other in loads]
         rank.pending[item.digest] = load
         assert loader.commit(rank, item.digest)["state"] == "done"
         for n in range(item.method.parts):
@@ -192,7 +194,7 @@ def test_a_rank_that_fails_in_the_commit_keeps_the_others_in_step(tmp_path: Path
         assert start(rank, item, tmp_path)["state"] == "ready"
         rank.waiting = [[torch.zeros(24), torch.zeros(24), torch.full((24,), float(n))] for n in range(2)]
         if failing:
-            rank.pending[item.digest]._project = lambda *, plain: 1 / 0
+            rank.pending[item.digest].compilation.project = lambda *, plain: 1 / 0
             failed(loader.commit(rank, item.digest), "ZeroDivisionError", code="engine_unavailable")
         else:
             assert loader.commit(rank, item.digest) == {"state": "undone"}

@@ -1,0 +1,66 @@
+"""After vLLM has called its workers by name, which is how weights are reloaded or updated, offsets follow the weights.
+
+Any such call may change weights, also one that a worker extension brings; so none is singled out. Knows nothing of how
+weights are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from ..errors import EngineUnavailable
+from ..plan import PartSummary, merge
+from .admission import Admission
+from .answer import Answer
+
+AskRanks = Callable[..., tuple[Answer, list[Answer]]]
+OURS = "steer_"
+
+
+def install(engine_core: Any, ask_ranks: AskRanks) -> None:
+    """Ledger: replaces `EngineCore.collective_rpc`.
+
+    What: a call that is not ours is followed by compiling every head offset again, on all ranks, before the next step.
+    Why: u = W_o v belongs to the weights it was computed with, and the core's main loop is the one place that knows
+    that such a call has ended on every rank and that no step runs. Since 0.26. Can go when vLLM tells plugins of new
+    weights.
+    """
+    collective_rpc = engine_core.collective_rpc
+
+    @wraps(collective_rpc)
+    def call_and_follow(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        admission: Admission | None = getattr(self, "steering", None)
+        if admission is None or (isinstance(method, str) and method.startswith(OURS)):
+            return collective_rpc(self, method, *args, **kwargs)
+        try:
+            return collective_rpc(self, method, *args, **kwargs)
+        finally:
+            follow(self, admission, ask_ranks)
+
+    engine_core.collective_rpc = call_and_follow
+
+
+def follow(core: Any, admission: Admission, ask_ranks: AskRanks) -> None:
+    """Compile again on every rank, or on none.
+
+    Content whose base model is no longer the one served is refused to new requests; it comes back with its weights.
+    Requests in flight go on, with offsets of the new weights, as vLLM lets them.
+    Errors: `EngineUnavailable` when a rank fails; nothing that is loaded is then admitted until a later call succeeds.
+    """
+    try:
+        worst, _ = ask_ranks(core, "steer_reproject")
+        if worst["state"] == "done":
+            worst, answers = ask_ranks(core, "steer_repack")
+    except Exception as error:  # a call that vLLM could not bring back: what the ranks did is not known
+        worst = {"state": "failed", "message": f"{type(error).__name__}: {error}"}
+    if worst["state"] != "done":
+        reason = f"head offsets could not be computed for the present weights: {worst.get('message', worst['state'])}"
+        admission.spoil(reason)
+        raise EngineUnavailable(f"{reason}; requests in flight still have those of the former weights: abort them")
+    parts = {
+        digest: [[PartSummary(**part) for part in answer["parts"][digest]] for answer in answers]
+        for digest in answers[0]["parts"]
+    }
+    admission.follow([merge(digest, ranks) for digest, ranks in parts.items()], answers[0]["unfit"])
