@@ -63,6 +63,7 @@ _ROWS = (
         f"{REFUSED_PER_REQUEST}: the prompt grows, and positions are resolved once",
         "tests/engine/test_features.py",
     ),
+    Feature("reload_weights, and weights that a worker extension brings", SUPPORTED, "tests/engine/test_reload.py"),
     Feature("beam search", f"{REFUSED_PER_REQUEST}: it drops interventions", "tests/engine/test_bad_input.py"),
 )
 

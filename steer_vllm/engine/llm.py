@@ -72,6 +72,7 @@ class LLM(vllm.LLM):
         """
         check_name(name)
         path = str(Path(folder).absolute())
+        self._facts = self._engine.facts()  # the base is another after a reload from other weights
         intervention = Intervention.load(path)
         check_fit(intervention, self._facts.base, self._facts.config, path)
         self._catalog.check_free(name, intervention.digest, replace)

@@ -118,7 +118,7 @@ REFUSALS = (
     ),
     Refusal(
         "weight_transfer_config",
-        "compiled head offsets belong to the weights they were loaded with",
+        "weights come in pieces, and between these head offsets fit neither the former nor the new ones",
         lambda config: config.weight_transfer_config is not None,
     ),
     Refusal(

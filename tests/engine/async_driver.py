@@ -97,6 +97,14 @@ class Steps:
 
         return await asyncio.gather(*map(one, step["steps"]))
 
+    async def do_rpc(self, step: dict[str, Any]) -> Any:
+        """A method of every worker, by name."""
+        return await self.llm.collective_rpc(step["method"], kwargs=step.get("kwargs"))
+
+    async def do_reset(self, step: dict[str, Any]) -> Any:
+        """Forget the prefix cache."""
+        return await self.llm.reset_prefix_cache(reset_running_requests=step.get("running", False))
+
     async def do_kill(self, step: dict[str, Any]) -> Any:
         """Kill the process of an engine, without a word."""
         manager = self.llm.engine_core.resources.engine_manager

@@ -57,6 +57,9 @@ PIPELINE_PARALLEL = Engine(
     driver="async_driver",
 )
 
+V1_ASYNC = Engine("v1-async", {}, {"enforce_eager": True, "async_scheduling": True}, driver="async_driver")
+V2_ASYNC = Engine("v2-async", _V2, {"enforce_eager": True}, runner="v2", driver="async_driver")
+
 
 def run(
     engine: Engine,

@@ -1,0 +1,116 @@
+"""New weights under running interventions: offsets follow them, and what was made for another base is refused.
+
+Invariant: u = W_o v with the weights that are served, in every step after the call that changed them; an artifact is
+served only on the base it was made for. Every answer is checked against transformers with the same weights.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from steer_vllm import Intervention
+from steer_vllm.demo import MODEL_PATH
+from steer_vllm.fingerprint import Fingerprint
+
+from . import artifacts, engines, oracle
+
+PROMPT = [20 + (7 * i) % 50 for i in range(40)]
+PROJECTION = "o_proj.weight"
+
+
+def copy_of(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
+    """The demo model with other weights."""
+    shutil.copytree(MODEL_PATH, folder)
+    file = folder / "model.safetensors"
+    weights = {name: change(name, tensor) for name, tensor in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+def unsampled(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """Other output projections, but for the row that the fingerprint reads: the same base, by its own account."""
+    if not name.endswith(PROJECTION):
+        return weight
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * weight.std()
+    noise[weight.shape[0] // 2] = 0
+    return (weight + noise).to(weight.dtype)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Embeddings stay: vLLM's CPU build keeps a packed copy of tied ones, which a reload does not renew."""
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "first": copy_of(folder / "first", lambda name, weight: weight),
+        "twin": copy_of(folder / "twin", unsampled),
+        "other": copy_of(folder / "other", lambda name, weight: weight * (1 if "embed" in name else 0.9)),
+        "halved": copy_of(folder / "halved", lambda name, weight: weight * (0.5 if name.endswith(PROJECTION) else 1)),
+    }
+
+
+def requests(suffix: str = "") -> list[dict[str, Any]]:
+    asks: list[list[dict[str, Any]]] = [
+        [{"name": f"lofit{suffix}"}],
+        [{"name": f"lofit{suffix}", "scale": -0.5}, {"name": f"direction{suffix}"}],
+    ]
+    return [{"tokens": PROMPT, "interventions": ask, "params": {"max_tokens": 6}} for ask in [*asks, []]]
+
+
+def served(suffix: str = "") -> list[dict[str, Any]]:
+    """The cache of the former weights is the operator's to forget."""
+    return [{"do": "reset"}, {"do": "generate", "requests": requests(suffix)}]
+
+
+def reload(**kwargs: str) -> dict[str, Any]:
+    return {"do": "rpc", "method": "reload_weights", "kwargs": kwargs}
+
+
+@pytest.mark.parametrize("engine", [engines.V1_ASYNC, engines.V2_ASYNC], ids=lambda engine: engine.name)
+def test_new_weights(engine: engines.Engine, models: dict[str, Path], tmp_path: Path) -> None:
+    paths = {name: str(path) for name, path in models.items()}
+    base, other = Fingerprint.of(models["first"]), Fingerprint.of(models["other"])
+    assert Fingerprint.of(models["twin"]) == base != other
+    items: dict[str, Intervention] = {"lofit": artifacts.lofit(base, 1), "direction": artifacts.direction(base, 2)}
+    items |= {"lofit-other": artifacts.lofit(other, 3), "direction-other": artifacts.direction(other, 4)}
+    steps = artifacts.save_all(items, tmp_path / "artifacts")
+    lofit, direction, lofit_other, direction_other = steps
+    taken = {"do": "rpc", "method": "take_weights", "kwargs": {"file": str(models["halved"] / "model.safetensors")}}
+    plan: list[tuple[str, list[dict[str, Any]]]] = [
+        ("first", [lofit, direction, *served()]),
+        ("first", [reload(), *served()]),
+        ("twin", [reload(weights_path=paths["twin"]), *served()]),
+        ("other", [reload(weights_path=paths["other"]), lofit, {"do": "generate", "requests": requests()[:1]}]),
+        ("other", [lofit_other, direction_other, *served("-other")]),
+        ("first", [reload(weights_path=paths["first"]), *served()]),
+        ("halved", [taken, *served()]),
+        ("halved", [{"do": "rpc", "method": "fail_on_purpose"}, *served(), {"do": "facts"}]),
+    ]
+    answers = engines.run(
+        engine,
+        tmp_path / "run",
+        models["first"],
+        [step for _, part in plan for step in part],
+        worker_extension_cls="engine.extension.Trainer",
+    )
+    given = iter(answers)
+    results = [(weights, [next(given) for _ in part]) for weights, part in plan]
+    made_for_other = results[3][1]
+    assert [answer["error"] for answer in made_for_other[1:2]] == ["artifact_invalid"]
+    assert "weights" in made_for_other[1]["message"]
+    assert made_for_other[2][0]["finish"] == "error", "the name is still there, the engine refuses"
+    for number, (weights, part) in enumerate(results):
+        generated = [answer for answer in part if isinstance(answer, list) and len(answer) == 3]
+        model = oracle.load(paths[weights])
+        for answer in generated:
+            for request, result in zip(requests("-other" if number == 4 else ""), answer, strict=True):
+                oracle.check(model, request, result, items)
+    assert "on purpose" in results[-1][1][0]["message"]
+    (facts,) = results[-1][1][-1]
+    assert facts["admission"]["pinned"] == facts["admission"]["additive_rows"] == 0

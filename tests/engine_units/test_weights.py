@@ -1,0 +1,147 @@
+"""After a foreign call of the workers, everything that depends on the weights is computed again, or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from core.make import BASE, direction, lofit
+from engine_units import test_worker as toys
+
+from steer_vllm.engine import compilation, loader, weights
+from steer_vllm.engine.compilation import Compilation
+from steer_vllm.errors import ArtifactInvalid, EngineUnavailable
+from steer_vllm.request import Steering
+from steer_vllm.segments import Component
+
+
+class Core:
+    """An engine core of one rank, whose worker answers in this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(toys.module, "base_fingerprint", lambda config: BASE)
+        self.rank = toys.Rank()
+        self.base = BASE
+        self.called: list[Any] = []
+        for item in toys.ITEMS.values():
+            made = Compilation(self.rank.steering, item, "here")
+            self.rank.steering.bases[item.digest] = item.base
+            if made.heads:
+                self.rank.steering.compilations[item.digest] = made
+        self.steering = self.rank.admission
+
+    def collective_rpc(self, method: Any, timeout: float | None = None, args: Any = ()) -> list[Any]:
+        self.called.append(method)
+        if method == "steer_reproject":
+            return [compilation.reproject(self.rank.steering, self.base)]
+        if method == "steer_repack":
+            return [compilation.repack(self.rank.steering)]
+        if method == "break":
+            raise RuntimeError("the call itself failed")
+        if method == "double":
+            for layer in self.rank.model.layers:
+                layer.self_attn.o_proj.weight.data.mul_(2)  # type: ignore[union-attr, operator]
+        return ["its result"]
+
+
+@pytest.fixture
+def core(monkeypatch: pytest.MonkeyPatch) -> Core:
+    kind = type("PatchedCore", (Core,), {})
+
+    def ask(self: Any, method: str, *args: Any) -> Any:
+        answers = self.collective_rpc(method, args=args)
+        return answers[0], answers
+
+    weights.install(kind, ask)
+    return kind(monkeypatch)
+
+
+def admit(core: Core, name: str) -> None:
+    core.steering.admit(Steering((Component(toys.ITEMS[name].digest, 1.0, toys.ITEMS[name].positions),)), 3)
+
+
+def test_offsets_follow(core: Core) -> None:
+    """The store, a row that is resident and the summary; what has no head offsets stays as it is."""
+    steering = core.rank.steering
+    core.rank.add("a")
+    core.rank.add("d")
+    digest, other = toys.ITEMS["lofit"].digest, toys.ITEMS["direction"].digest
+    (row,) = [row for row, content in steering.tables._additive_held.items() if content[0].digest == digest]
+    before, row_before = steering.store[digest, 0].offset.clone(), steering.tables.additive[row].clone()
+    largest, untouched = core.steering._loaded[digest].parts[0].largest, steering.store[other, 0]
+    assert core.collective_rpc("double") == ["its result"]
+    torch.testing.assert_close(steering.store[digest, 0].offset, before * 2)
+    torch.testing.assert_close(steering.tables.additive[row], row_before * 2)
+    assert row_before.any()
+    assert core.steering._loaded[digest].parts[0].largest == pytest.approx(2 * largest)
+    assert steering.store[other, 0] is untouched
+
+
+def test_our_own_calls_are_followed_by_nothing(core: Core) -> None:
+    core.collective_rpc("steer_facts")
+    assert core.called == ["steer_facts"]
+
+
+def test_before_a_front_has_asked_there_is_nothing_to_follow(core: Core) -> None:
+    del core.steering
+    core.collective_rpc("update_max_model_len")
+    assert core.called == ["update_max_model_len"]
+
+
+def test_a_call_that_fails_is_followed_too(core: Core) -> None:
+    with pytest.raises(RuntimeError, match="the call itself failed"):
+        core.collective_rpc("break")
+    assert core.called == ["break", "steer_reproject", "steer_repack"]
+    admit(core, "lofit")
+
+
+def test_another_base_is_refused_until_its_own_is_back(core: Core) -> None:
+    core.base = dataclasses.replace(BASE, weights="cd" * 32)
+    core.collective_rpc("reload_weights")
+    for name in ("lofit", "direction"):
+        with pytest.raises(ArtifactInvalid, match="does not fit the weights served: weights abab"):
+            admit(core, name)
+        with pytest.raises(ArtifactInvalid, match="does not fit"):
+            core.steering.reopen(toys.ITEMS[name].digest)
+    assert core.steering.facts()["pinned"] == 0
+    core.base = BASE
+    core.collective_rpc("reload_weights")
+    admit(core, "lofit")
+
+
+def test_a_rank_that_fails_refuses_everything_until_the_next_call(core: Core) -> None:
+    good = core.rank.steering.projections
+    core.rank.steering.projections = {layer: lambda heads: 1 / 0 for layer in good}  # type: ignore[misc]
+    with pytest.raises(EngineUnavailable, match=r"could not be computed .*requests in flight still have those"):
+        core.collective_rpc("double")
+    with pytest.raises(ArtifactInvalid, match="could not be computed"):
+        admit(core, "direction")
+    core.rank.steering.projections = good
+    core.collective_rpc("anything")
+    admit(core, "direction")
+
+
+def test_what_is_on_its_way_fails(core: Core, tmp_path: Any) -> None:
+    """It was checked against the former base and compiled with the former weights, wholly or in part."""
+    item = lofit(seed=9)
+    item.save(tmp_path)
+    loader.begin(core.rank.steering, str(tmp_path), item.digest)
+    core.collective_rpc("double")
+    for ask in (loader.poll, loader.commit):
+        answer = ask(core.rank.steering, item.digest)
+        assert (answer["state"], answer["code"]) == ("failed", "artifact_invalid")
+        assert "replaced while it was loaded" in answer["message"]
+
+
+def test_rows_of_content_that_is_gone_are_forgotten(core: Core) -> None:
+    steering, item = core.rank.steering, direction()
+    core.rank.add("b")
+    steering.store.pop((item.digest, 0), None)
+    held = dict(steering.tables._additive_held)
+    steering.tables.refill({item.digest}, steering.store)
+    assert not any(
+        term.digest == item.digest for content in steering.tables._additive_held.values() for term in content
+    )
+    assert any(term.digest == item.digest for content in held.values() for term in content)
