@@ -64,6 +64,8 @@ _ROWS = (
         "tests/engine/test_features.py",
     ),
     Feature("reload_weights, and weights that a worker extension brings", SUPPORTED, "tests/engine/test_reload.py"),
+    Feature("speculative decoding: ngram, draft models", SUPPORTED, "tests/engine/test_speculation.py"),
+    Feature("KV offload to host memory (OffloadingConnector)", SUPPORTED, "tests/engine/test_kv_offload.py"),
     Feature("beam search", f"{REFUSED_PER_REQUEST}: it drops interventions", "tests/engine/test_bad_input.py"),
 )
 

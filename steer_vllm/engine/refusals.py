@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..errors import StartupRefused
+from . import connectors
 
 
 class Finding(NamedTuple):
@@ -95,9 +96,35 @@ REFUSALS = (
         lambda config: config.cache_config.kv_sharing_fast_prefill,
     ),
     Refusal(
-        "kv_transfer_config (KV connectors)",
-        "a connector that hashes token ids itself would serve one request's edited keys and values to another",
-        lambda config: config.kv_transfer_config is not None,
+        "KV connectors that hash token ids themselves (LMCache, FlexKV, HF3FS, ExampleConnector)",
+        "they would serve one request's edited keys and values to another",
+        lambda config: connectors.kind(config) == "hashing",
+    ),
+    Refusal(
+        "KV connectors between engines (NIXL, Mooncake, MoRI-IO)",
+        "the engine that decodes does not know what the one that prefilled has edited",
+        lambda config: connectors.kind(config) == "transferring",
+    ),
+    Refusal(
+        "other KV connectors, and OffloadingConnector with a spec of another kind",
+        "they have not been seen to carry the edits' keys",
+        lambda config: connectors.kind(config) == "other",
+    ),
+    Refusal(
+        "speculative_config: drafts that read hidden states (EAGLE, MTP, Medusa, ...), custom classes",
+        "they read what is edited, and that has not been tried; ngram, suffix and draft models are served",
+        lambda config: (
+            config.speculative_config is not None
+            and config.speculative_config.method not in ("ngram", "ngram_gpu", "suffix", "draft_model")
+        ),
+    ),
+    Refusal(
+        "speculative_config: rejection_sample_method synthetic, fly",
+        "tokens are accepted that the edited model would not have said",
+        lambda config: (
+            config.speculative_config is not None
+            and getattr(config.speculative_config, "rejection_sample_method", "standard") not in ("standard", "block")
+        ),
     ),
     Refusal(
         "cpu_offload_gb / offload_group_size (weights in host memory)",

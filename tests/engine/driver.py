@@ -88,7 +88,7 @@ def result(output: Any) -> dict[str, Any]:
     made = output.outputs[0]
     prompt = output.prompt_logprobs
     return {
-        "prompt": list(output.prompt_token_ids),
+        "prompt": list(output.prompt_token_ids or ()),
         "tokens": list(made.token_ids),
         "logprobs": [at[token].logprob for at, token in zip(made.logprobs or [], made.token_ids, strict=False)],
         "cached": output.num_cached_tokens,
@@ -114,6 +114,12 @@ def facts(llm: Any, step: dict[str, Any]) -> Any:
     return llm._engine._ask("steer_facts")
 
 
+def speculation(llm: Any, step: dict[str, Any]) -> Any:
+    """Tokens that were drafted and accepted, since the start."""
+    counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    return [counts[f"vllm:spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted")]
+
+
 def forged(llm: Any, step: dict[str, Any]) -> Any:
     """Requests that never passed the front: one that the core must refuse beside others that it must not touch."""
     from vllm import LLM, SamplingParams
@@ -131,7 +137,7 @@ def forged(llm: Any, step: dict[str, Any]) -> Any:
     return [result(output) for output in LLM.generate(llm, prompts, params, use_tqdm=False, **of_prompts([step]))]
 
 
-STEPS = {"forged": forged, "load": load, "unload": unload, "generate": generate, "facts": facts, "beam": beam}
+STEPS = {step.__name__: step for step in (forged, load, unload, generate, facts, beam, speculation)}
 
 if __name__ == "__main__":
     answers = main(json.loads(Path(sys.argv[1]).read_text()))

@@ -35,6 +35,8 @@ V2 = Engine("v2", {**_IN_PROCESS, **_V2}, {"enforce_eager": True}, runner="v2")
 # Dynamo traces the edit, no code is generated: the interpreter's stand-in backend has no compiler.
 V2_TRACED = Engine("v2-traced", {**V2.env, "VLLM_CPU_CI_ENV": "1"}, {"enforce_eager": False}, runner="v2")
 
+OFFLOADING = Engine("offloading", {"PYTHONPATH": str(HERE / "offload")}, {"enforce_eager": True})
+
 _FAULTS = {"PYTHONPATH": str(HERE / "faults")}
 _TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 TENSOR_PARALLEL = Engine(

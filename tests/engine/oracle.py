@@ -18,6 +18,20 @@ def load(model: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
 
+def items(
+    asks: list[dict[str, Any]], interventions: dict[str, Intervention]
+) -> list[tuple[Intervention, float, Positions]]:
+    """What `hf.steered` takes for a request's interventions."""
+    return [
+        (
+            interventions[ask["name"]],
+            ask.get("scale", interventions[ask["name"]].default_scale),
+            Positions.parse(ask["positions"]) if "positions" in ask else interventions[ask["name"]].positions,
+        )
+        for ask in asks
+    ]
+
+
 def logprobs(
     model: PreTrainedModel,
     tokens: list[int],
@@ -27,15 +41,7 @@ def logprobs(
     **inputs: torch.Tensor,
 ) -> torch.Tensor:
     """[len(tokens), vocabulary]: row i predicts token i + 1, with the request's interventions. inputs: pictures."""
-    items = [
-        (
-            interventions[ask["name"]],
-            ask.get("scale", interventions[ask["name"]].default_scale),
-            Positions.parse(ask["positions"]) if "positions" in ask else interventions[ask["name"]].positions,
-        )
-        for ask in asks
-    ]
-    with torch.no_grad(), steered(model, *items, prompt_lengths=[prompt_len]):
+    with torch.no_grad(), steered(model, *items(asks, interventions), prompt_lengths=[prompt_len]):
         return model(torch.tensor([tokens]), **inputs).logits[0].log_softmax(-1)
 
 

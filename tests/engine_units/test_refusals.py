@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
-from vllm.config import VllmConfig
+from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from steer_vllm.demo import MODEL_PATH
+from steer_vllm.engine import connectors
 from steer_vllm.engine.refusals import FOUND_IN_THE_MODEL, REFUSALS, check
 from steer_vllm.errors import StartupRefused
 
@@ -46,6 +47,22 @@ def overrides(**fields: Any) -> Case:
     return Case({"hf_overrides": fields, **dtype})
 
 
+def connector(name: str, **fields: Any) -> Case:
+    return Case({"kv_transfer_config": KVTransferConfig(kv_connector=name, kv_role="kv_both", **fields)})
+
+
+def speculation(**fields: Any) -> Case:
+    """N-gram speculation with other fields."""
+
+    def turn_on(config: VllmConfig) -> None:
+        for name, value in fields.items():
+            assert hasattr(config.speculative_config, name), f"vLLM has renamed {name}"
+            setattr(config.speculative_config, name, value)
+
+    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    return Case({"speculative_config": ngram}, turn_on)
+
+
 ON: dict[str, Case] = {
     "data_parallel_external_lb / data_parallel_hybrid_lb": parallel(data_parallel_hybrid_lb=True),
     "enable_dbo / ubatch_size (ubatching)": parallel(enable_dbo=True),
@@ -61,7 +78,15 @@ ON: dict[str, Case] = {
     "distributed_executor_backend external_launcher": Case({"distributed_executor_backend": "external_launcher"}),
     "scheduler_cls": Case({"scheduler_cls": "mine.Scheduler"}),
     "kv_sharing_fast_prefill": Case({"kv_sharing_fast_prefill": True}),
-    "kv_transfer_config (KV connectors)": Case({"kv_offloading_size": 1.0}),
+    "KV connectors that hash token ids themselves (LMCache, FlexKV, HF3FS, ExampleConnector)": connector(
+        "LMCacheConnectorV1"
+    ),
+    "KV connectors between engines (NIXL, Mooncake, MoRI-IO)": connector("NixlConnector"),
+    "other KV connectors, and OffloadingConnector with a spec of another kind": connector("MultiConnector"),
+    "speculative_config: drafts that read hidden states (EAGLE, MTP, Medusa, ...), custom classes": speculation(
+        method="eagle"
+    ),
+    "speculative_config: rejection_sample_method synthetic, fly": speculation(rejection_sample_method="synthetic"),
     "cpu_offload_gb / offload_group_size (weights in host memory)": Case({"offload_group_size": 2}),
     "monokernel": Case(fields=lambda c: setattr(c.kernel_config, "monokernel", True)),
     "enable_sleep_mode": Case(fields=lambda c: setattr(c.model_config, "enable_sleep_mode", True)),
@@ -161,3 +186,40 @@ def test_the_rust_front_end(value: str, refused: bool, monkeypatch: pytest.Monke
             check(config)
     else:
         check(config)
+
+
+OFFLOADING = "vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector"
+KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "none": ({}, "none"),
+    "kv_offloading_size": ({"kv_offloading_size": 1.0}, "exact"),
+    "LMCacheMPConnector": (connector("LMCacheMPConnector").arguments, "hashing"),
+    "OffloadingConnector": (connector("OffloadingConnector").arguments, "exact"),
+    "its tiers": (
+        connector("OffloadingConnector", kv_connector_extra_config={"spec_name": "TieringOffloadingSpec"}).arguments,
+        "other",
+    ),
+    "somebody's of that name": (
+        connector(
+            "OffloadingConnector",
+            kv_connector_module_path=OFFLOADING,
+        ).arguments,
+        "other",
+    ),
+    "ExampleConnector": (connector("ExampleConnector").arguments, "hashing"),
+    "HF3FSKVConnector": (connector("HF3FSKVConnector").arguments, "hashing"),
+    "FlexKVConnectorV1": (connector("FlexKVConnectorV1").arguments, "hashing"),
+    "MooncakeConnector": (connector("MooncakeConnector").arguments, "transferring"),
+    "MooncakeStoreConnector": (connector("MooncakeStoreConnector").arguments, "other"),
+    "SimpleCPUOffloadConnector": (connector("SimpleCPUOffloadConnector").arguments, "other"),
+    "DecodeBenchConnector": (connector("DecodeBenchConnector").arguments, "other"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_of_connectors(name: str) -> None:
+    arguments, expected = KINDS[name]
+    assert connectors.kind(config_of(arguments)) == expected
+
+
+def test_plain_speculation_is_served() -> None:
+    check(config_of(speculation().arguments))
