@@ -66,6 +66,7 @@ _ROWS = (
     Feature("reload_weights, and weights that a worker extension brings", SUPPORTED, "tests/engine/test_reload.py"),
     Feature("speculative decoding: ngram, draft models", SUPPORTED, "tests/engine/test_speculation.py"),
     Feature("KV offload to host memory (OffloadingConnector)", SUPPORTED, "tests/engine/test_kv_offload.py"),
+    Feature("prompt embeddings", SUPPORTED, "tests/engine/test_embeds.py"),
     Feature("beam search", f"{REFUSED_PER_REQUEST}: it drops interventions", "tests/engine/test_bad_input.py"),
 )
 
