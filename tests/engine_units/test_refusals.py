@@ -192,7 +192,6 @@ OFFLOADING = "vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector"
 KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({}, "none"),
     "kv_offloading_size": ({"kv_offloading_size": 1.0}, "exact"),
-    "LMCacheMPConnector": (connector("LMCacheMPConnector").arguments, "hashing"),
     "OffloadingConnector": (connector("OffloadingConnector").arguments, "exact"),
     "its tiers": (
         connector("OffloadingConnector", kv_connector_extra_config={"spec_name": "TieringOffloadingSpec"}).arguments,
