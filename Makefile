@@ -1,8 +1,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+MINUTES ?= 60
+
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench dist clean
+
+.PHONY: help env demo test fuzz repeat lint bench dist clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -15,6 +18,12 @@ demo: env  ## train three small interventions, serve them, ask in one mixed batc
 
 test: env  ## every test that needs no GPU
 	@$(BIN)/pytest -q -m "not gpu"
+
+fuzz: env  ## draw engines and requests for MINUTES (60), every answer held against transformers
+	@cd tests && ../$(BIN)/python -m differential.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+repeat: env  ## run a failing case of the line above again: CASE=FILE
+	@cd tests && ../$(BIN)/python -m differential.repeat $(abspath $(CASE))
 
 lint: env  ## ruff, ruff format, mypy
 	@$(BIN)/ruff check .

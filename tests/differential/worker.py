@@ -1,0 +1,208 @@
+"""The engine's process: plays cases, one JSON line in, one out, over the two file descriptors it is given.
+
+A process, because what vLLM is (runner, Triton, plugins) is decided by its environment when it is imported. The engine
+is stepped by hand, so that what happens at step t happens there every time the engine core is in this process. It
+checks nothing: it reports what was asked, bound, refused and served.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from steer_vllm import LLM
+from steer_vllm.errors import SteerError
+from steer_vllm.request import EXTRA_ARG, bind, parse
+
+IDLE_STEPS = 2000
+"""Steps without an output after which a case is given up."""
+
+
+class Player:
+    """Plays one case on an engine that is left as it was found."""
+
+    def __init__(self, llm: LLM, case: dict[str, Any], folders: list[str]) -> None:
+        self.llm = llm
+        self.engine = llm.llm_engine
+        self.case = case
+        self.folders = folders
+        self.results: list[dict[str, Any]] = [{} for _ in case["requests"]]
+        self.asked: dict[int, Any] = {}  # what requests in flight need of the tables
+        self.deadlines: dict[int, int] = {}
+
+    def play(self) -> dict[str, Any]:
+        for number, folder in enumerate(self.folders):
+            self.llm.load_intervention(f"a{number}", folder)
+        changes = sorted(self.case["changes"], key=lambda change: change["at"])
+        waiting = sorted(range(len(self.results)), key=lambda i: self.case["requests"][i]["at"])
+        step = idle = 0
+        while changes or waiting or self.asked:
+            while changes and changes[0]["at"] <= step:
+                self._change(changes.pop(0))
+            while waiting and self.case["requests"][waiting[0]]["at"] <= step:
+                self._enter(waiting.pop(0), step)
+            for number in [number for number, at in self.deadlines.items() if at <= step]:
+                self._abort(number)
+            idle = 0 if self._step() else idle + 1
+            if idle > IDLE_STEPS:
+                raise RuntimeError(f"no output for {IDLE_STEPS} steps; in flight: {sorted(self.asked)}")
+            step += 1
+        self._settle()
+        self.llm.load_intervention("last", self.folders[0])  # unloading it frees what was in use at its own unloading
+        for entry in self.llm.interventions:
+            self.llm.unload_intervention(entry.name)
+        self.engine.reset_prefix_cache()
+        left = self.llm._engine._call("steer_facts")["admission"]
+        return {"results": self.results, "left": left, "steps": step}
+
+    def _change(self, change: dict[str, Any]) -> None:
+        if change["do"] == "reset_cache":
+            self.engine.reset_prefix_cache()
+        elif change["do"] == "load":
+            self.llm.load_intervention(change["name"], self.folders[change["artifact"]], replace=True)
+        elif change["name"] in {entry.name for entry in self.llm.interventions}:
+            self.llm.unload_intervention(change["name"])
+
+    def _enter(self, number: int, step: int) -> None:
+        request, result = self.case["requests"][number], self.results[number]
+        result |= {"prompt": self._prompt(number, request), "choices": []}
+        params = sampling_params(request["params"])
+        config = self.llm._facts.config
+        try:
+            asks = [{key: value for key, value in ask.items() if value is not None} for ask in request["asks"]]
+            steering = bind(
+                parse(asks),
+                self.llm._catalog.get,
+                config,
+                response_start=request["response_start"],
+                scored=params.prompt_logprobs is not None,
+            )
+            needs = self.llm._contents(steering)
+            result["rows"] = [
+                len(needs[table].union(*(held[table] for held in self.asked.values()))) for table in (0, 1)
+            ]
+            if steering is not None:
+                params.extra_args = {EXTRA_ARG: steering.to_wire()}
+            self.asked[number] = needs
+            self.engine.add_request(
+                str(number),
+                {"prompt_token_ids": result["prompt"]},
+                params,
+                priority=request["priority"],
+            )
+        except SteerError as error:
+            result["error"], result["message"] = error.code, error.message
+            self._forget(number)
+            return
+        if request["abort_after"] is not None:
+            self.deadlines[number] = step + request["abort_after"]
+
+    def _prompt(self, number: int, request: dict[str, Any]) -> list[int]:
+        """The prompt's tokens: after the first turn where there is one that has ended."""
+        follows = request["prompt"]["follows"]
+        turn: list[int] = []
+        if follows is not None and follows not in self.asked and self.results[follows].get("choices"):
+            earlier = self.results[follows]
+            turn = earlier["prompt"] + earlier["choices"][0]["tokens"]
+        room = self.case["model_len"] - request["params"]["max_tokens"] - 1
+        return (turn + request["tokens"])[:room]
+
+    def _abort(self, number: int) -> None:
+        self.results[number]["aborted"] = True
+        self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        """Out of the engine, wherever it is."""
+        self.engine.abort_request([str(number)])
+        self.asked.pop(number, None)
+        self.deadlines.pop(number, None)
+
+    def _step(self) -> bool:
+        if not self.engine.has_unfinished_requests():
+            return False
+        outputs = self.engine.step()
+        for output in outputs:
+            number = int(output.request_id)
+            self.results[number] |= outcome(output)
+            if output.finished:
+                self.asked.pop(number, None)
+                self.deadlines.pop(number, None)
+        return bool(outputs)
+
+    def _settle(self) -> None:
+        """Let a step that was scheduled ahead of an abort come back."""
+        core = getattr(self.engine.engine_core, "engine_core", None)
+        while core is not None and core.batch_queue:
+            core.step_with_batch_queue()
+
+
+def sampling_params(values: dict[str, Any]) -> Any:
+    """vLLM's sampling parameters; JSON has no integer keys."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    values = {"logprobs": 0, "ignore_eos": True, **values}
+    if "logit_bias" in values:
+        values["logit_bias"] = {int(token): bias for token, bias in values["logit_bias"].items()}
+    if "regex" in values:
+        values["structured_outputs"] = StructuredOutputsParams(regex=values.pop("regex"))
+    return SamplingParams(**values)
+
+
+def outcome(output: Any) -> dict[str, Any]:
+    """What was served so far."""
+    prompt = output.prompt_logprobs
+    return {
+        "finished": output.finished,
+        "cached": output.num_cached_tokens,
+        "prompt_logprobs": prompt
+        and [at[token].logprob for at, token in zip(prompt[1:], output.prompt_token_ids[1:], strict=True)],
+        "choices": [
+            {
+                "tokens": list(made.token_ids),
+                "logprobs": [at[token].logprob for at, token in zip(made.logprobs, made.token_ids, strict=True)],
+                "others": [{token: value.logprob for token, value in at.items()} for at in made.logprobs],
+                "finish": made.finish_reason,
+            }
+            for made in output.outputs
+        ],
+    }
+
+
+def count_preemptions(llm: LLM) -> list[str]:
+    """The requests that the scheduler preempts from now on; stays empty where the scheduler is in another process."""
+    preempted: list[str] = []
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    if core is not None:
+        preempt = core.scheduler._preempt_request
+
+        def preempt_and_note(request: Any, *args: Any, **kwargs: Any) -> Any:
+            preempted.append(request.request_id)
+            return preempt(request, *args, **kwargs)
+
+        core.scheduler._preempt_request = preempt_and_note
+    return preempted
+
+
+def main() -> None:
+    reader, writer = os.fdopen(int(sys.argv[1])), os.fdopen(int(sys.argv[2]), "w")
+    start = json.loads(reader.readline())
+    llm = LLM(start["model"], steer=start["steer"], **start["llm"])
+    preempted = count_preemptions(llm)
+
+    def say(answer: dict[str, Any]) -> None:
+        writer.write(json.dumps(answer) + "\n")
+        writer.flush()
+
+    say({"ready": True})
+    for line in reader:
+        job = json.loads(line)
+        preempted.clear()
+        answer = Player(llm, job["case"], job["folders"]).play()
+        say({**answer, "preemptions": len(preempted)})
+
+
+if __name__ == "__main__":
+    main()
