@@ -19,28 +19,33 @@ CONFIGURATION = Configuration(
         "num_gpu_blocks_override": 10,
         "async_scheduling": True,
     },
-    steer={"additive_rows": 64, "additive_sites": ["attention_output", "mlp_output", "block_output"]},
+    steer={"additive_sites": ["attention_output", "mlp_output", "block_output"]},
 )
+ROWS = {64: 200, 2: 40}
+"""Rows of the additive table, and how many forced tokens are served at least: with few rows most are turned away."""
 
 
-@pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
-    with Session(CONFIGURATION, tmp_path_factory.mktemp("canary")) as made:
+@pytest.fixture(scope="module", params=ROWS)
+def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    steer = {**CONFIGURATION.steer, "additive_rows": request.param}
+    configuration = CONFIGURATION.model_copy(update={"steer": steer})
+    with Session(configuration, tmp_path_factory.mktemp("canary")) as made:
         yield made
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_every_token_is_ones_own(session: Session, seed: int) -> None:
-    case = canary.case(CONFIGURATION, seed)
+    configuration = session.engine.configuration
+    case = canary.case(configuration, seed)
     answer = session.play(case)
-    assert canary.check(case, answer) > 200
+    assert canary.check(case, answer) > ROWS[configuration.steer["additive_rows"]]
     count = session.checker.check(case, answer)
-    assert count.steered > 50
-    assert count.cancelled > 5
+    assert count.cancelled > 2
     assert answer["preemptions"] > 0
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_neighbours_do_not_change_a_bit(session: Session, seed: int) -> None:
-    one, other = (session.play(case) for case in canary.neighbours(CONFIGURATION, seed))
+    cases = canary.neighbours(session.engine.configuration, seed)
+    one, other = map(session.play, cases)
     assert canary.same_bits(one, other) == 6

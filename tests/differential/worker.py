@@ -54,7 +54,7 @@ class Player:
         for entry in self.llm.interventions:
             self.llm.unload_intervention(entry.name)
         self.engine.reset_prefix_cache()
-        left = self.llm._engine._call("steer_facts")["admission"]
+        left = self.llm._engine._ask("steer_facts")["admission"]
         return {"results": self.results, "left": left, "steps": step}
 
     def _change(self, change: dict[str, Any]) -> None:

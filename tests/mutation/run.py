@@ -1,0 +1,78 @@
+"""Puts each deliberate fault into a copy of the tree and runs the tests that must notice: `make mutants`.
+
+The tests pass without the fault, so a failure with it is its detection; a mutant that survives is a hole in the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import conftest
+
+from .mutant import Mutant
+from .mutants import MUTANTS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="mutation.run")
+    parser.add_argument("names", nargs="*", help="only these")
+    names = parser.parse_args().names
+    chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    survivors = 0
+    for mutant in chosen:
+        for killer in mutant.killers:
+            started = time.monotonic()
+            verdict = run(mutant, killer)
+            survivors += verdict != "killed"
+            print(f"{mutant.name}: {verdict} by {killer} ({time.monotonic() - started:.0f} s)", flush=True)
+    print(f"{len(chosen)} mutants, {survivors} not killed")
+    return 1 if survivors else 0
+
+
+def run(mutant: Mutant, killer: str) -> str:
+    """ "killed", or what happened instead. A test that cannot be collected has noticed nothing."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        root = copy(Path(folder))
+        mutant.apply(root)
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", killer],
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode == 1 and re.search(r"\d+ failed", done.stdout):
+        return "killed"
+    if done.returncode == 0:
+        return "SURVIVED"
+    return f"NOT RUN (exit {done.returncode})\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+def copy(folder: Path) -> Path:
+    """The tracked files, importable as one package from that folder alone."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=conftest.ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (conftest.ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(conftest.ROOT / name, folder / name)
+    for part in ("training", "server"):  # an installation maps these two into the package
+        (folder / "steer_vllm" / part).symlink_to(folder / part)
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())
