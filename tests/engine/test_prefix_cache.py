@@ -7,6 +7,7 @@ every answer is checked against the oracle and every count of cached tokens agai
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -21,6 +22,10 @@ BLOCK = 32
 LONG = [20 + (13 * i) % 60 for i in range(100)]
 FULL = LONG[: 3 * BLOCK]
 """Ends on a block's edge: its last token is computed again, so two blocks can be reused."""
+TURN = 62
+"""Tokens of a first answer: with the prompt it fills five blocks (the last token is never computed)."""
+NEXT = [90 + i for i in range(7)]
+"""What the user says in the second turn."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,35 @@ class Step:
     asks: list[dict[str, Any]]
     cached: int
     content: str = "first"
+    answer: int = 6
 
 
+@cache
+def contents() -> dict[str, dict[str, Intervention]]:
+    base = Fingerprint.of(MODEL_PATH)
+    first = {
+        "lofit": artifacts.lofit(base, 1),
+        "other": artifacts.lofit(base, 2),
+        "reft": artifacts.loreft(base, 3, "f2+l2"),
+        "mild": artifacts.lofit(base, 5, strength=0.5),
+    }
+    return {"first": first, "second": {**first, "lofit": artifacts.lofit(base, 4)}}
+
+
+@cache
+def second_turn(positions: str) -> list[int]:
+    """The prompt, the answer that an intervention gives to it at these positions, and what the user says then."""
+    model, tokens = oracle.load(str(MODEL_PATH)), list(LONG)
+    for _ in range(TURN):
+        ask = {"name": "mild", "positions": positions}
+        tokens.append(int(oracle.logprobs(model, tokens, [ask], contents()["first"], len(LONG))[-1].argmax()))
+    return tokens + NEXT
+
+
+@cache
 def steps() -> list[Step]:
     lofit, other = [{"name": "lofit"}], [{"name": "other"}]
+    prompt, all_, response = ([{"name": "mild", "positions": kind}] for kind in ("prompt", "all", "response"))
     return [
         Step("base, cold", LONG, [], 0),
         Step("all, after base: nothing shared", LONG, lofit, 0),
@@ -54,35 +84,29 @@ def steps() -> list[Step]:
         Step("prompt that ends on an edge, response", FULL, [{"name": "lofit", "positions": "response"}], 64),
         Step("prompt that ends on an edge, generated", FULL, [{"name": "lofit", "positions": "generated"}], 64),
         Step("scale zero is the base", LONG, [{"name": "lofit", "scale": 0.0}], 96),
+        Step("prompt positions", LONG, prompt, 0),
+        Step("prompt positions of a prompt that goes on otherwise", [*LONG[:70], *NEXT], prompt, 64),
+        Step("first turn, all", LONG, all_, 96, answer=TURN),  # "prompt" edits the same in these blocks
+        Step("second turn, all: the answer's blocks too", second_turn("all"), all_, 160),
+        Step("first turn, response", LONG, response, 96, answer=TURN),
+        Step("second turn, response: not the edited answer's", second_turn("response"), response, 96),
+        Step("that turn, base: all that is not edited", second_turn("response"), [], 160),
         Step("same name, other content: nothing shared", LONG, lofit, 0, content="second"),
         Step("base, at the end", LONG, [], 96),
     ]
 
 
 @pytest.fixture(scope="module")
-def contents() -> dict[str, dict[str, Intervention]]:
-    base = Fingerprint.of(MODEL_PATH)
-    first = {
-        "lofit": artifacts.lofit(base, 1),
-        "other": artifacts.lofit(base, 2),
-        "reft": artifacts.loreft(base, 3, "f2+l2"),
-    }
-    return {"first": first, "second": {**first, "lofit": artifacts.lofit(base, 4)}}
-
-
-@pytest.fixture(scope="module")
-def results(
-    contents: dict[str, dict[str, Intervention]], tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Any]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("prefix")
-    replacement = artifacts.save_all({"lofit": contents["second"]["lofit"]}, folder / "second")[0]
-    job = artifacts.save_all(contents["first"], folder / "first")
+    replacement = artifacts.save_all({"lofit": contents()["second"]["lofit"]}, folder / "second")[0]
+    job = artifacts.save_all(contents()["first"], folder / "first")
     current = "first"
     for step in steps():
         if step.content != current:
             job.append({**replacement, "replace": True})
             current = step.content
-        request = {"tokens": step.tokens, "interventions": step.asks, "params": {"max_tokens": 6}}
+        request = {"tokens": step.tokens, "interventions": step.asks, "params": {"max_tokens": step.answer}}
         job.append({"do": "generate", "steered": True, "requests": [request]})
     answers = engines.run(
         engines.V1_PROCESSES, folder / "run", MODEL_PATH, job, block_size=BLOCK, enable_prefix_caching=True
@@ -95,8 +119,8 @@ def test_counts_are_what_the_keys_promise(results: list[dict[str, Any]]) -> None
     assert found == {step.title: step.cached for step in steps()}
 
 
-def test_answers_are_exact(results: list[dict[str, Any]], contents: dict[str, dict[str, Intervention]]) -> None:
+def test_answers_are_exact(results: list[dict[str, Any]]) -> None:
     model = oracle.load(str(MODEL_PATH))
     for step, result in zip(steps(), results, strict=True):
         request = {"tokens": step.tokens, "interventions": step.asks}
-        oracle.check(model, request, result, contents[step.content])
+        oracle.check(model, request, result, contents()[step.content])
