@@ -5,7 +5,7 @@ MINUTES ?= 60
 
 .DEFAULT_GOAL := help
 
-.PHONY: help env demo test fuzz repeat lint bench dist clean
+.PHONY: help env demo test fuzz repeat mutants lint bench dist clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -24,6 +24,9 @@ fuzz: env  ## draw engines and requests for MINUTES (60), every answer held agai
 
 repeat: env  ## run a failing case of the line above again: CASE=FILE
 	@cd tests && ../$(BIN)/python -m differential.repeat $(abspath $(CASE))
+
+mutants: env  ## put deliberate faults in, one at a time: the short tests must notice each
+	@cd tests && ../$(BIN)/python -m mutation.run
 
 lint: env  ## ruff, ruff format, mypy
 	@$(BIN)/ruff check .

@@ -93,7 +93,7 @@ def environment(configuration: Configuration) -> dict[str, str]:
         values |= V2.env | {"VLLM_ENABLE_V1_MULTIPROCESSING": values["VLLM_ENABLE_V1_MULTIPROCESSING"]}
     if configuration.traced:
         values["VLLM_CPU_CI_ENV"] = "1"  # traces the graph and generates no code
-    if configuration.llm.get("tensor_parallel_size", 1) > 1:
+    if {"tensor_parallel_size", "pipeline_parallel_size"} & set(configuration.llm):
         values["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     return values
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from . import page
 from .mutant import Mutant
 from .mutants import MUTANTS
 
@@ -18,9 +19,5 @@ def test_fault_can_be_put_in(mutant: Mutant, root: Path) -> None:
         assert (root / killer.split("::")[0]).exists()
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_fault_is_documented(mutant: Mutant, root: Path) -> None:
-    page = (root / "docs" / "exactness.md").read_text()
-    assert mutant.what in page
-    for killer in mutant.killers:
-        assert f"`{killer}`" in page
+def test_faults_are_documented(root: Path) -> None:
+    assert page.table() in (root / "docs" / "exactness.md").read_text()
