@@ -1,4 +1,4 @@
-"""The table of deliberate faults in docs/exactness.md: `python -m mutation.page` writes it anew, from the folder `tests`."""
+"""The table of deliberate faults in docs/exactness.md; `python -m mutation.page`, in the folder `tests`, writes it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ START, END = "<!-- faults: written by mutation.page -->\n", "<!-- end of faults 
 
 def table() -> str:
     """One row for each fault."""
-    rows = ["| deliberate fault | noticed by |", "|---|---|"]
-    for mutant in MUTANTS:
-        rows.append(f"| {mutant.what} | {', '.join(f'`{killer}`' for killer in mutant.killers)} |")
-    return "\n".join(rows) + "\n"
+    rows = [f"| {mutant.what} | {', '.join(f'`{killer}`' for killer in mutant.killers)} |" for mutant in MUTANTS]
+    return "\n".join(["| deliberate fault | noticed by |", "|---|---|", *rows]) + "\n"
 
 
 def write() -> None:
