@@ -26,6 +26,7 @@ os.environ.update(
     XDG_CONFIG_HOME=str(CACHE / "config"),
     TRITON_CACHE_DIR=str(CACHE / "triton"),
     TORCHINDUCTOR_CACHE_DIR=str(CACHE / "inductor"),
+    VLLM_CPU_OMP_THREADS_BIND="nobind",  # engines that run beside each other would share one core
     OMP_NUM_THREADS="1",  # models this small are faster on one thread, most of all beside other processes
     # vLLM on a small machine
     VLLM_CPU_KVCACHE_SPACE="1",  # GiB
