@@ -64,7 +64,7 @@ class Lease:
 
 
 class Front:
-    """What the middleware and the routes share; one per server."""
+    """What the middleware and the routes share; one per server, of which there may be several over the same tables."""
 
     def __init__(
         self,
@@ -74,11 +74,12 @@ class Front:
         largest: float,
         limits: Limits,
         adapters: Adapters | None = None,
+        servers: int = 1,
     ) -> None:
         self.registry = registry
         self.keys = keys
         self.limits = limits
-        self.gate = Gate(config)
+        self.gate = Gate(config.share(servers))
         self._config = config
         self._largest = largest
         self._adapters = adapters
@@ -87,11 +88,16 @@ class Front:
     def base_names(self) -> tuple[str, ...]:
         return self.registry.base_names
 
-    def decide(self, body: dict[str, Any], path: str) -> Decision:
-        """Rewrite the body of a steerable request for vLLM. Errors: every `UserError` that a request can earn.
+    async def admit(self, body: dict[str, Any], path: str) -> Lease:
+        """Decide on a request and hold what it uses. The lease must be released whatever happens.
 
-        The caller enters the decision before it awaits anything, or the contents may be gone.
+        Errors: those of `decide` and `enter`; `EngineUnavailable` when names have changed and cannot be fetched.
         """
+        await self.registry.refresh()
+        return self.enter(self.decide(body, path))  # nothing is awaited here, or the contents might be gone
+
+    def decide(self, body: dict[str, Any], path: str) -> Decision:
+        """Rewrite the body of a steerable request for vLLM. Errors: every `UserError` that a request can earn."""
         wanted = bodies.consume(body, path, self.base_names)
         asks = (Ask(wanted.alias),) if wanted.alias is not None else wanted.asks or ()
         if not asks:

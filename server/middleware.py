@@ -79,6 +79,7 @@ class SteerMiddleware:
         front.keys.check(path, Headers(scope=scope).get("authorization"))
         if scope["method"] in _NO_BODY:
             if path == "/v1/models" and scope["method"] == "GET":
+                await front.registry.refresh()
                 send = with_aliases(send, front.registry)
             await self.app(scope, receive, send)
             return
@@ -95,8 +96,8 @@ class SteerMiddleware:
     async def _steer(self, front: Front, path: str, content: bytes, inbox: Inbox, scope: Scope, send: Send) -> None:
         """Decide, wait for rows, serve, release: once, however it ends."""
         body = bodies.read(content)
-        decision = front.decide(body, path)
-        lease = front.enter(decision)  # nothing is awaited between these two
+        lease = await front.admit(body, path)
+        decision = lease.decision
         try:
             if lease.ticket is not None:
                 try:

@@ -1,15 +1,17 @@
 """Loading and unloading while requests run: a name is seen once the engine has it, content goes with its last user.
 
-Sits between the catalog of names and the engine, which it knows by a protocol. Does not know HTTP.
+Any of several servers may be asked; the book of names gives each content's turn to one at a time. Sits between the
+names and the engine, which it knows by protocols. Does not know HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections import defaultdict
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Protocol
+from uuid import uuid4
 
 from ..catalog import Catalog, Entry, check_name
 from ..config import SteerConfig
@@ -18,11 +20,10 @@ from ..fingerprint import Fingerprint
 from ..fit import check_fit
 from ..intervention import Intervention
 from ..plan import Summary
+from .names import Board, Book, Names, log
 from .store import Store
 
-log = logging.getLogger("vllm.steer_vllm")  # vLLM's handlers print what is below "vllm"
-
-_FREE_FIRST, _FREE_LONGEST = 0.05, 2.0  # seconds between attempts to free what a request still uses
+_FIRST, _LONGEST = 0.02, 2.0  # seconds between attempts to get a turn, or to free what a request still uses
 
 
 class Engine(Protocol):
@@ -39,17 +40,33 @@ class Registry:
     """Names and what they point to, for one event loop."""
 
     def __init__(
-        self, engine: Engine, store: Store, config: SteerConfig, base: Fingerprint, base_names: tuple[str, ...]
+        self,
+        engine: Engine,
+        book: Book,
+        board: Board,
+        store: Store,
+        config: SteerConfig,
+        base: Fingerprint,
+        base_names: tuple[str, ...],
     ) -> None:
-        self.catalog = Catalog()
+        self.names = Names(book, board, self._free_soon)
         self.base_names = base_names
         self._engine = engine
+        self._book = book
         self._store = store
         self._config = config
         self._base = base
-        self._by_name: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._by_digest: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._freeing: dict[str, asyncio.Task[None]] = {}
+        self._unused: set[str] = set()
+        self._freeing: set[str] = set()
+
+    @property
+    def catalog(self) -> Catalog:
+        """The names as this server last saw them; `refresh` first."""
+        return self.names.catalog
+
+    async def refresh(self) -> None:
+        """See what every server has published and withdrawn up to now. Errors: `EngineUnavailable`."""
+        await self.names.refresh()
 
     async def load(self, name: object, source: object, *, load_inplace: bool = False) -> Entry:
         """Load an artifact and publish it. The same content under the same name again is no error.
@@ -61,47 +78,37 @@ class Registry:
             name = check_name(name, base_name)
         name = check_name(name)
         folder = self._store.folder(source)
-        async with self._by_name[name]:
-            intervention = await asyncio.to_thread(self._read, folder)
-            digest = intervention.digest
-            self.catalog.check_free(name, digest, load_inplace)
-            async with self._by_digest[digest]:
-                try:
-                    summary = await self._engine.load(str(folder), digest)
-                except asyncio.CancelledError:
-                    self._free_unused({digest})  # the engine may have it by now
-                    raise
+        intervention = await asyncio.to_thread(self._read, folder)
+        digest = intervention.digest
+        await self.refresh()
+        self.catalog.check_free(name, digest, load_inplace)
+        try:
+            async with self._turn(digest) as token:
+                summary = await self._engine.load(str(folder), digest)
                 entry = Entry.of(name, str(source), intervention, summary)
-                replaced = self.catalog.publish(entry)
-            if replaced is not None:
-                self._free_unused({replaced.digest})
-            log.info("intervention %s: %s, sha256 %s, from %s", name, entry.method, digest[:12], source)
-            return entry
+                await self.names.publish(entry, token, replace=load_inplace)
+        except BaseException:
+            self._free_soon({digest})  # the engine may have it by now
+            raise
+        log.info("intervention %s: %s, sha256 %s, from %s", name, entry.method, digest[:12], source)
+        return entry
 
-    def unload(self, name: str) -> Entry:
+    async def unload(self, name: str) -> Entry:
         """Withdraw a name at once; its content is freed when the last request that uses it has ended.
 
-        Errors: `ModelNotFound`.
+        Errors: `ModelNotFound`, `EngineUnavailable`.
         """
-        entry = self.catalog.withdraw(name)
-        self._free_unused({entry.digest})
+        entry = await self.names.withdraw(name)
         log.info("intervention %s is withdrawn", name)
         return entry
 
     def enter(self, digests: set[str]) -> None:
-        """A request begins to use these contents."""
-        self.catalog.enter(digests)
+        """A request begins to use these contents. Nothing may be awaited since they were looked up."""
+        self.names.enter(digests)
 
     def leave(self, digests: set[str]) -> None:
         """A request has ended."""
-        self._free_unused(self.catalog.leave(digests))
-
-    async def close(self) -> None:
-        """Stop freeing in the background."""
-        tasks = list(self._freeing.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self.names.leave(digests)
 
     def _read(self, folder: Path) -> Intervention:
         """Read and check an artifact against the model and the tables. Errors: `ArtifactInvalid`."""
@@ -109,22 +116,50 @@ class Registry:
         check_fit(intervention, self._base, self._config, str(folder))
         return intervention
 
-    def _free_unused(self, digests: set[str]) -> None:
+    @asynccontextmanager
+    async def _turn(self, digest: str) -> AsyncIterator[str]:
+        """Wait until nobody else loads or frees this content, on any server. Gives the turn's token."""
+        token = uuid4().hex
+        pause = _FIRST
+        try:
+            while not await self._book.take_turn(digest, token):
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST)
+            yield token
+        finally:  # also without an answer: a call that was cancelled may have got the turn
+            await self.names.to_the_end(self._book.end_turn(digest, token))
+
+    def _free_soon(self, digests: Collection[str]) -> None:
         for digest in digests:
-            if self.catalog.is_unused(digest) and digest not in self._freeing:
-                self._freeing[digest] = asyncio.get_running_loop().create_task(self._free(digest))
+            self._unused.add(digest)
+            if digest not in self._freeing:
+                self._freeing.add(digest)
+                self.names.in_background(self._free(digest))
 
     async def _free(self, digest: str) -> None:
-        """Free content in the engine, once nothing there uses it, unless it came back into use meanwhile."""
-        pause = _FREE_FIRST
         try:
-            while True:
-                async with self._by_digest[digest]:
-                    if not self.catalog.is_unused(digest) or await self._engine.unload(digest):
-                        return
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, _FREE_LONGEST)
+            while digest in self._unused:  # it may be found again while it is being freed
+                self._unused.discard(digest)
+                await self._free_once(digest)
         except EngineUnavailable as error:
             log.warning("sha256 %s stays in the engine: %s", digest[:12], error)
         finally:
-            del self._freeing[digest]  # nothing awaits between the last look at the catalog and here
+            self._unused.discard(digest)
+            self._freeing.discard(digest)
+
+    async def _free_once(self, digest: str) -> None:
+        """Free content as soon as no request in the engine uses it, unless it came back into use meanwhile."""
+        token = uuid4().hex
+        pause = _FIRST
+        while True:
+            freed = False
+            try:
+                taken = await self._book.take_turn_to_free(digest, token)
+                if taken:
+                    freed = await self._engine.unload(digest)
+            finally:
+                await self.names.to_the_end(self._book.end_turn(digest, token, freed=freed))
+            if freed or taken is None:
+                return
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST)

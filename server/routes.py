@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ..catalog import Catalog
 from ..errors import InvalidIntervention
 from . import body as bodies
 from .front import Front
@@ -38,13 +39,13 @@ class Unload(BaseModel):
 @router.get("/v1/interventions")
 async def list_interventions(request: Request) -> dict[str, Any]:
     """All published interventions, by name."""
-    return {"object": "list", "data": [entry.to_json() for entry in _registry(request).catalog]}
+    return {"object": "list", "data": [entry.to_json() for entry in await _catalog(request)]}
 
 
 @router.get("/v1/interventions/{name}")
 async def show_intervention(request: Request, name: str) -> dict[str, Any]:
     """One intervention. Errors: 404."""
-    return _registry(request).catalog.get(name).to_json()
+    return (await _catalog(request)).get(name).to_json()
 
 
 @router.post("/v1/load_intervention")
@@ -57,9 +58,10 @@ async def load_intervention(request: Request) -> dict[str, Any]:
 
 @router.post("/v1/unload_intervention")
 async def unload_intervention(request: Request) -> dict[str, Any]:
-    """Withdraw a name; requests in flight finish with it. Errors: 400, 403, 404."""
+    """Withdraw a name; requests in flight finish with it. Errors: 400, 403, 404, 503."""
     asked = await _read(request, Unload)
-    return {**_registry(request).unload(asked.name).to_json(), "deleted": True}
+    entry = await _registry(request).unload(asked.name)
+    return {**entry.to_json(), "deleted": True}
 
 
 async def _read(request: Request, kind: type[Body]) -> Body:
@@ -69,6 +71,12 @@ async def _read(request: Request, kind: type[Body]) -> Body:
         faults = error.errors()
         text = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults)
         raise InvalidIntervention(text, param=str(faults[0]["loc"][0])) from error
+
+
+async def _catalog(request: Request) -> Catalog:
+    registry = _registry(request)
+    await registry.refresh()
+    return registry.catalog
 
 
 def _registry(request: Request) -> Registry:

@@ -7,13 +7,13 @@ how content is loaded nor who asks.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import ArtifactExists, InvalidIntervention, ModelNotFound
 from .intervention import Intervention
-from .plan import Summary
+from .plan import PartSummary, Summary
 from .positions import Positions
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
@@ -57,6 +57,30 @@ class Entry:
             summary=summary,
         )
 
+    def to_wire(self) -> dict[str, Any]:
+        """All of it as plain data, for another process."""
+        return {
+            **vars(self),
+            "positions": str(self.positions),
+            "sites": list(self.sites),
+            "layers": list(self.layers),
+            "summary": [part._asdict() for part in self.summary.parts],
+        }
+
+    @classmethod
+    def from_wire(cls, plain: Mapping[str, Any]) -> Entry:
+        """Read back what `to_wire` gave."""
+        parts = tuple(PartSummary(**part) for part in plain["summary"])
+        return cls(
+            **{
+                **plain,
+                "positions": Positions.parse(plain["positions"]),
+                "sites": tuple(plain["sites"]),
+                "layers": tuple(plain["layers"]),
+                "summary": Summary(plain["digest"], parts),
+            }
+        )
+
     def to_json(self) -> dict[str, Any]:
         """What /v1/interventions shows."""
         return {
@@ -74,6 +98,15 @@ class Entry:
             "prompt_format": self.prompt_format,
             "source": self.source,
         }
+
+
+class Snapshot(NamedTuple):
+    """All names at an epoch. opened: the artifacts of the start are loaded; unused: contents that may be freed."""
+
+    epoch: int
+    opened: bool
+    entries: tuple[Entry, ...]
+    unused: tuple[str, ...]
 
 
 def check_name(name: object, base_model: str = "") -> str:
@@ -130,6 +163,10 @@ class Catalog:
         del self._entries[name]
         return entry
 
+    def replace(self, entries: Iterable[Entry]) -> None:
+        """Make these names visible and no others."""
+        self._entries = {entry.name: entry for entry in entries}
+
     def enter(self, digests: set[str]) -> None:
         """One more request uses these contents."""
         for digest in digests:
@@ -145,4 +182,14 @@ class Catalog:
 
     def is_unused(self, digest: str) -> bool:
         """No name points to it and no request uses it."""
-        return digest not in self._users and all(entry.digest != digest for entry in self._entries.values())
+        return digest not in self.needed
+
+    @property
+    def named(self) -> set[str]:
+        """Contents that a name points to."""
+        return {entry.digest for entry in self._entries.values()}
+
+    @property
+    def needed(self) -> set[str]:
+        """Contents that a name points to or a request uses."""
+        return self.named | set(self._users)

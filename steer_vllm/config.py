@@ -7,7 +7,7 @@ request and no tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from .edit import Site
@@ -72,6 +72,22 @@ class SteerConfig:
     def max_segments(self) -> int:
         """Segments of one request: each component starts and stops at most two spans."""
         return 4 * self.per_request
+
+    def share(self, servers: int) -> SteerConfig:
+        """The rows that each of several fronts over the same tables may hand out.
+
+        Errors: `StartupRefused` when a share could not serve every request that the whole could.
+        """
+        share = replace(self, additive_rows=self.additive_rows // servers, low_rank_rows=self.low_rank_rows // servers)
+        for name in ("additive_rows", "low_rank_rows"):
+            whole, part = getattr(self, name), getattr(share, name)
+            if part < min(whole, self.max_segments):
+                raise StartupRefused(
+                    f"{name} {whole}: {servers} API servers get {part} each, and a request may need "
+                    f"{self.max_segments}; set it to {servers * self.max_segments}, or lower per_request "
+                    f"{self.per_request} or --api-server-count"
+                )
+        return share
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SteerConfig:

@@ -17,11 +17,12 @@ def register() -> None:
     global _registered
     if _registered:
         return
-    from . import cache_keys, core, intake, requirements, runner_v1, runner_v2, worker_methods
+    from . import cache_keys, core, intake, names, requirements, runner_v1, runner_v2, worker_methods
 
     requirements.require()
     core.install()
     intake.install()
+    names.install()
     cache_keys.install()
     worker_methods.install()
     runner_v1.install()

@@ -73,6 +73,21 @@ SEAMS = (
     Seam("vllm.v1.engine.core", "EngineCore.preprocess_add_request", ("self", "request"), "core.py"),
     Seam("vllm.v1.engine.core", "EngineCore.collective_rpc", ("self", "method", "timeout", "args"), "weights.py"),
     Seam("vllm.v1.engine.core", "EngineCoreProc._reject_add_in_shutdown", ("self",), "core.py"),
+    Seam(
+        "vllm.v1.engine.core_client",
+        "AsyncMPClient.__init__",
+        ("self", "vllm_config", "executor_class", "log_stats", "client_addresses", "client_count", "client_index"),
+        "names_client.py",
+    ),
+    Seam(
+        "vllm.v1.engine.core_client",
+        "AsyncMPClient._call_utility_async",
+        ("self", "method", "args", "engine"),
+        "names_client.py",
+    ),
+    Seam(
+        "vllm.v1.utils", "run_api_server_worker_proc", ("listen_address", "sock", "args", "client_config"), "serve.py"
+    ),
     Seam("vllm.v1.core.sched.scheduler", "Scheduler._free_request", ("self", "request"), "core.py"),
     Seam(
         "vllm.v1.engine.core_client",

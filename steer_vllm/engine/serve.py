@@ -1,7 +1,7 @@
-"""Starts vLLM's OpenAI server with steering on: plugins, middleware, limits, one API server process.
+"""Starts vLLM's OpenAI server with steering on: plugins, middleware, limits, what the API servers share.
 
 vLLM's `serve` command is called as a class: the console command of its CPU build cannot start. What our settings mean
-is not known here; they travel on vLLM's arguments to the endpoint plugin, which is in the same process.
+is not known here; they travel on vLLM's arguments to the endpoint plugin, in this process or in those of the servers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 
 from ..config import SteerConfig
 from ..errors import StartupRefused
+from .board import Board
 from .settings import KEY, entry
 
 MIDDLEWARE = "steer_vllm.server.middleware.SteerMiddleware"
@@ -24,16 +25,17 @@ _REFUSED_VARIABLES = {
     "VLLM_SKIP_MODEL_NAME_VALIDATION": "an unknown alias would get the base model's answer",
     "VLLM_API_KEY": "vLLM guards only some paths with it; use STEER_VLLM_API_KEY or --api-key, which guard every path",
 }
+_SEVERAL = "there would be several servers, each with its own interventions; --api-server-count shares them"
 _REFUSED_FLAGS = {
     "headless": "there is no API server to steer",
     "grpc": "only the HTTP server is steered",
     "grpc_port": "only the HTTP server is steered",
     "api_key": "give it before the --, where it guards every path",
-    "data_parallel_external_lb": "there would be several API servers, each with its own interventions",
-    "data_parallel_hybrid_lb": "there would be several API servers, each with its own interventions",
-    "data_parallel_multi_port_external_lb": "there would be several API servers, each with its own interventions",
-    "data_parallel_rank": "there would be several API servers, each with its own interventions",
-    "data_parallel_start_rank": "there would be several API servers, each with its own interventions",
+    "data_parallel_external_lb": _SEVERAL,
+    "data_parallel_hybrid_lb": _SEVERAL,
+    "data_parallel_multi_port_external_lb": _SEVERAL,
+    "data_parallel_rank": _SEVERAL,
+    "data_parallel_start_rank": _SEVERAL,
 }
 
 
@@ -62,7 +64,14 @@ def serve(model: str, config: SteerConfig, settings: object, *, host: str, port:
     if configure_logging is not None:
         configure_logging(args)
     command.validate(args)
-    command.cmd(args)
+    try:
+        command.cmd(args)
+    except StartupRefused:
+        raise
+    except Exception:
+        if args.steer_board.failure:  # an API server in a process of its own refused; vLLM only says that it ended
+            raise StartupRefused(args.steer_board.failure) from None
+        raise
 
 
 def prepare(args: Namespace, config: SteerConfig, settings: object) -> None:
@@ -71,15 +80,17 @@ def prepare(args: Namespace, config: SteerConfig, settings: object) -> None:
         value = getattr(args, name, None)
         if value is not None and value is not False and value != []:  # 0 is a rank
             raise StartupRefused(f"--{name.replace('_', '-')}: {reason}")
-    if args.api_server_count not in (None, 1):
-        raise StartupRefused(f"--api-server-count {args.api_server_count}: one API server knows the interventions")
     additional = args.additional_config or {}
     if KEY in additional:
         raise StartupRefused(f"--additional-config: {KEY} is set by the limits of steer-vllm")
-    args.api_server_count = 1
+    servers = args.data_parallel_size if args.api_server_count is None else args.api_server_count  # as vLLM has it
+    if servers < 1:
+        raise StartupRefused(f"--api-server-count {servers}: there is no API server to steer")
+    config.share(servers)  # refuses here what every server would refuse later
     args.additional_config = {**additional, KEY: entry(config)}
     args.middleware = [MIDDLEWARE, *args.middleware]  # the first is the innermost: others see requests as they came
     args.steer_settings = settings
+    args.steer_board = Board(servers)
 
 
 def refused_variables(environment: Mapping[str, str]) -> list[str]:

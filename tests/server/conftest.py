@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from steer_vllm.config import SteerConfig
+from steer_vllm.engine.board import Board
 from steer_vllm.errors import ArtifactInvalid
 from steer_vllm.fingerprint import Fingerprint
 from steer_vllm.intervention import Card, Intervention
@@ -28,6 +29,8 @@ from steer_vllm.server.registry import Registry
 from steer_vllm.server.routes import router
 from steer_vllm.server.settings import Limits
 from steer_vllm.server.store import Store
+
+from .fake_core import FakeCore
 
 BASE = Fingerprint(hidden_size=8, num_layers=2, num_heads=2, head_dim=4, vocab_size=99, weights="abc")
 ADMIN = {"Authorization": "Bearer the-admin-key"}
@@ -130,20 +133,36 @@ async def engine() -> FakeEngine:
 
 
 @pytest.fixture
-async def build(engine: FakeEngine, folder: Path) -> AsyncIterator[Callable[..., Front]]:
-    """Makes a front: limits as keywords, `keys` for other keys."""
-    fronts: list[Front] = []
+async def core() -> FakeCore:
+    """Where the book of names is."""
+    return FakeCore()
 
-    def make_front(keys: Keys | None = None, base_names: tuple[str, ...] = ("tiny", "second"), **limits: Any) -> Front:
+
+@pytest.fixture
+async def build(engine: FakeEngine, folder: Path, core: FakeCore) -> AsyncIterator[Callable[..., Front]]:
+    """Makes the front of the next of `servers` servers: limits as keywords, `keys` for other keys."""
+    fronts: list[Front] = []
+    boards: list[Board] = []
+
+    def make_front(
+        keys: Keys | None = None,
+        base_names: tuple[str, ...] = ("tiny", "second"),
+        servers: int = 1,
+        **limits: Any,
+    ) -> Front:
         chosen = Limits(**{"row_wait": 0.2, **limits})
         config: SteerConfig = chosen.engine
-        registry = Registry(engine, Store(folder), config, BASE, base_names)
-        fronts.append(Front(registry, keys or Keys(None, "the-admin-key"), config, 65504.0, chosen))
+        if len(fronts) % servers == 0:
+            boards.append(Board(servers))
+        book = core.client(len(fronts) % servers, servers)
+        registry = Registry(engine, book, boards[-1], Store(folder), config, BASE, base_names)
+        registry.names.follow()
+        fronts.append(Front(registry, keys or Keys(None, "the-admin-key"), config, 65504.0, chosen, servers=servers))
         return fronts[-1]
 
     yield make_front
     for front in fronts:
-        await front.registry.close()
+        await front.registry.names.close()
 
 
 @pytest.fixture
@@ -158,6 +177,7 @@ async def fill(front: Front, make: Make) -> None:
     for name, content in {"honest": lofit(), "polite": direction(), "edit": loreft()}.items():
         make(name, content)
         await front.registry.load(name, name)
+    await front.registry.refresh()
 
 
 def app_of(front: Front | None) -> FastAPI:

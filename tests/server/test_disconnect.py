@@ -257,7 +257,7 @@ async def test_unload_and_replace_while_it_runs(server: Server, front: Front, ma
     await server.entered.wait()
     old = front.registry.catalog.get("honest").digest
     await front.registry.load("honest", "other", load_inplace=True)
-    front.registry.unload("honest")
+    await front.registry.unload("honest")
     await turn()
     engine: Any = front.registry._engine
     assert old in engine.loaded

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from steer_vllm.catalog import Catalog
 from steer_vllm.errors import (
     ArtifactExists,
     ArtifactInvalid,
@@ -30,8 +31,8 @@ Build = Callable[..., Front]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_FREE_FIRST", 0.001)
-    monkeypatch.setattr(module, "_FREE_LONGEST", 0.002)
+    monkeypatch.setattr(module, "_FIRST", 0.001)
+    monkeypatch.setattr(module, "_LONGEST", 0.002)
 
 
 @pytest.fixture
@@ -43,17 +44,22 @@ async def settle() -> None:
     await asyncio.sleep(0.05)
 
 
+async def catalog(registry: Registry) -> Catalog:
+    await registry.refresh()
+    return registry.catalog
+
+
 async def test_load_and_unload(registry: Registry, engine: FakeEngine, make: Make) -> None:
     make("honest")
     entry = await registry.load("honest", "honest")
     assert list(engine.loaded) == [entry.digest]
-    assert registry.catalog.get("honest").to_json()["method"] == "lofit"
-    registry.unload("honest")
-    assert "honest" not in registry.catalog
+    assert (await catalog(registry)).get("honest").to_json()["method"] == "lofit"
+    await registry.unload("honest")
+    assert "honest" not in (await catalog(registry))
     await settle()
     assert not engine.loaded
     with pytest.raises(ModelNotFound):
-        registry.unload("honest")
+        await registry.unload("honest")
 
 
 async def test_published_only_when_the_engine_has_it(registry: Registry, engine: FakeEngine, make: Make) -> None:
@@ -62,20 +68,21 @@ async def test_published_only_when_the_engine_has_it(registry: Registry, engine:
     loading = asyncio.create_task(registry.load("honest", "honest"))
     await settle()
     assert engine.loads == 1
-    assert "honest" not in registry.catalog
+    assert "honest" not in (await catalog(registry))
     engine.hold.set()
     await loading
-    assert "honest" in registry.catalog
+    assert "honest" in (await catalog(registry))
 
 
-async def test_two_loads_of_one_name_take_turns(registry: Registry, engine: FakeEngine, make: Make) -> None:
+async def test_of_two_loads_of_one_name_one_wins(registry: Registry, engine: FakeEngine, make: Make) -> None:
     make("a", lofit(1))
     make("b", lofit(2))
     first, second = await asyncio.gather(registry.load("x", "a"), registry.load("x", "b"), return_exceptions=True)
     assert not isinstance(first, BaseException)
     assert isinstance(second, ArtifactExists)
-    assert engine.most_at_once == 1
-    assert registry.catalog.get("x").digest == first.digest
+    await settle()
+    assert set(engine.loaded) == {first.digest}
+    assert (await catalog(registry)).get("x").digest == first.digest
 
 
 async def test_two_names_load_at_once(registry: Registry, engine: FakeEngine, make: Make) -> None:
@@ -105,7 +112,7 @@ async def test_replace_keeps_what_runs(registry: Registry, engine: FakeEngine, m
         await registry.load("x", "b")
     new = await registry.load("x", "b", load_inplace=True)
     await settle()
-    assert registry.catalog.get("x").digest == new.digest
+    assert (await catalog(registry)).get("x").digest == new.digest
     assert set(engine.loaded) == {old.digest, new.digest}
     registry.leave({old.digest})
     await settle()
@@ -117,7 +124,7 @@ async def test_unload_waits_for_the_last_request(registry: Registry, engine: Fak
     entry = await registry.load("honest", "honest")
     registry.enter({entry.digest})
     registry.enter({entry.digest})
-    registry.unload("honest")
+    await registry.unload("honest")
     registry.leave({entry.digest})
     await settle()
     assert engine.loaded
@@ -130,7 +137,7 @@ async def test_unload_waits_for_the_engine(registry: Registry, engine: FakeEngin
     make("honest")
     entry = await registry.load("honest", "honest")
     engine.busy.add(entry.digest)
-    registry.unload("honest")
+    await registry.unload("honest")
     await settle()
     assert engine.loaded
     engine.busy.clear()
@@ -142,10 +149,10 @@ async def test_content_with_another_name_stays(registry: Registry, engine: FakeE
     make("honest")
     entry = await registry.load("one", "honest")
     await registry.load("two", "honest")
-    registry.unload("one")
+    await registry.unload("one")
     await settle()
     assert entry.digest in engine.loaded
-    registry.unload("two")
+    await registry.unload("two")
     await settle()
     assert not engine.loaded
 
@@ -154,7 +161,7 @@ async def test_loaded_again_while_being_freed(registry: Registry, engine: FakeEn
     make("honest")
     entry = await registry.load("honest", "honest")
     engine.busy.add(entry.digest)
-    registry.unload("honest")
+    await registry.unload("honest")
     await settle()
     await registry.load("honest", "honest")
     engine.busy.clear()
@@ -177,10 +184,10 @@ async def test_history(registry: Registry, engine: FakeEngine, make: Make) -> No
                 if draw.random() < 0.5:
                     await registry.load(name, f"s{draw.randrange(4)}", load_inplace=draw.random() < 0.7)
                 elif draw.random() < 0.5:
-                    registry.unload(name)
+                    await registry.unload(name)
                 else:
-                    digest = registry.catalog.get(name).digest
-                    registry.enter({digest})
+                    digest = (await catalog(registry)).get(name).digest
+                    registry.enter({digest})  # nothing is awaited since the look-up
                     await asyncio.sleep(draw.random() * 0.003)
                     assert digest in engine.loaded
                     registry.leave({digest})
@@ -189,7 +196,7 @@ async def test_history(registry: Registry, engine: FakeEngine, make: Make) -> No
 
     await asyncio.gather(*(user() for _ in range(6)))
     await settle()
-    assert set(engine.loaded) == {entry.digest for entry in registry.catalog}
+    assert set(engine.loaded) == {entry.digest for entry in (await catalog(registry))}
 
 
 @pytest.mark.parametrize("error", [ArtifactInvalid("rank 1 refuses"), EngineUnavailable("gone")])
@@ -202,7 +209,7 @@ async def test_a_failed_load_changes_nothing(
     engine.fails = error
     with pytest.raises(type(error)):
         await registry.load("x", "b", load_inplace=True)
-    assert registry.catalog.get("x").source == "a"
+    assert (await catalog(registry)).get("x").source == "a"
     engine.fails = None
     await registry.load("x", "b", load_inplace=True)
 
@@ -218,7 +225,7 @@ async def test_a_cancelled_load_leaves_nothing(registry: Registry, engine: FakeE
     engine.hold.set()
     await settle()
     assert not engine.loaded
-    assert len(registry.catalog) == 0
+    assert len(await catalog(registry)) == 0
 
 
 @pytest.mark.parametrize(
@@ -294,4 +301,4 @@ async def test_damaged(
     with pytest.raises(ArtifactInvalid, match=says):
         await registry.load("bad", "bad")
     assert engine.loads == 0
-    assert len(registry.catalog) == 0
+    assert len(await catalog(registry)) == 0

@@ -15,7 +15,8 @@ from steer_vllm.server.middleware import SteerMiddleware
 
 
 def parsed(**more: Any) -> Namespace:
-    return Namespace(**{"api_server_count": None, "additional_config": None, "middleware": [], "api_key": None, **more})
+    plain = {"api_server_count": None, "data_parallel_size": 1, "additional_config": None, "middleware": []}
+    return Namespace(**{**plain, "api_key": None, **more})
 
 
 def test_steering_is_turned_on() -> None:
@@ -26,8 +27,23 @@ def test_steering_is_turned_on() -> None:
     limits = {name: value for name, value in args.additional_config["steer_vllm"].items() if name != "version"}
     assert SteerConfig.from_dict(limits) == config
     assert args.middleware == [serve.MIDDLEWARE, "their.Own"]
-    assert args.api_server_count == 1
     assert args.steer_settings == "settings"
+    assert args.steer_board.servers == 1
+
+
+@pytest.mark.parametrize(("flags", "servers"), [({"api_server_count": 3}, 3), ({"data_parallel_size": 2}, 2)])
+def test_several_api_servers(flags: dict[str, int], servers: int) -> None:
+    args = parsed(**flags)
+    serve.prepare(args, SteerConfig(), None)
+    assert args.steer_board.servers == servers
+    assert args.api_server_count == flags.get("api_server_count")  # vLLM's own default is kept
+
+
+def test_rows_are_enough_for_every_server() -> None:
+    config = SteerConfig(additive_rows=256, low_rank_rows=40, per_request=3)  # a request may need 12 rows
+    serve.prepare(parsed(api_server_count=3), config, None)
+    with pytest.raises(StartupRefused, match=r"low_rank_rows 40: 4 API servers get 10 each.* set it to 48"):
+        serve.prepare(parsed(api_server_count=4), config, None)
 
 
 def test_the_middleware_is_the_one_that_is_named() -> None:
@@ -37,7 +53,7 @@ def test_the_middleware_is_the_one_that_is_named() -> None:
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        ("api_server_count", 2),
+        ("api_server_count", -1),
         ("api_server_count", 0),
         ("headless", True),
         ("grpc", True),
