@@ -159,6 +159,8 @@ class Registry:
                     freed = await self._engine.unload(digest)
             finally:
                 await self.names.to_the_end(self._book.end_turn(digest, token, freed=freed))
+            if freed:
+                log.info("sha256 %s is freed", digest[:12])
             if freed or taken is None:
                 return
             await asyncio.sleep(pause)

@@ -20,12 +20,13 @@ ENGINES = [b"\0\0", b"\1\0"]
 
 
 class FakeCore:
-    """The core process. delay: the longest pause of a message on its way, seconds; calls: what arrived."""
+    """The core process. delay: the longest pause of a message on its way, seconds; calls: what arrived, in order."""
 
     def __init__(self, delay: float = 0.0, seed: int = 0) -> None:
         self.delay = delay
         self.calls: list[str] = []
         self.fails: Exception | None = None
+        self.dead = False  # takes calls and answers none
         self._draw = random.Random(seed)
         self._process = SimpleNamespace()
 
@@ -54,6 +55,10 @@ class _Client:
         self._core = core
         self._there, self._back = asyncio.Lock(), asyncio.Lock()
 
+    def ensure_alive(self) -> None:
+        if self._core.dead:
+            raise RuntimeError("the engine core is dead")
+
     async def _call_utility_async(self, method: str, *args: Any, engine: bytes) -> Any:
         """As vLLM's: a caller that is cancelled loses the answer, not the call."""
         assert engine == ENGINES[0]
@@ -70,7 +75,7 @@ class _Client:
             result = None if fails else json.dumps(self._core.handle(method, args))
         async with self._back:
             await self._core.pause()
-            if answer.done():
+            if answer.done() or self._core.dead:
                 return
             if fails:
                 answer.set_exception(fails)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -54,10 +54,13 @@ class Server:
 class Call:
     """One request, message by message."""
 
-    def __init__(self, server: Server, body: dict[str, Any] | None = None, path: str = "/v1/completions") -> None:
+    def __init__(
+        self, server: Any, body: Any = None, path: str = "/v1/completions", headers: Mapping[str, str] | None = None
+    ) -> None:
         self.sent: list[Message] = []
         self._incoming: asyncio.Queue[Message] = asyncio.Queue()
-        scope = {"type": "http", "method": "POST", "path": path, "headers": [], "app": server}
+        pairs = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+        scope = {"type": "http", "method": "POST", "path": path, "headers": pairs, "app": server, "query_string": b""}
         if body is not None:
             self.say({"type": "http.request", "body": json.dumps(body).encode()})
         self.task = asyncio.create_task(SteerMiddleware(server)(scope, self._incoming.get, self._send))

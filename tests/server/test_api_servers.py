@@ -1,0 +1,290 @@
+"""`steer-vllm serve -- --api-server-count 2`: two processes answer as one, whichever of them is asked.
+
+Each test talks to both over connections of its own; texts are compared with transformers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+
+from steer_vllm.hf import steered
+from steer_vllm.intervention import Intervention
+
+from .test_serve import ENGINE_FLAGS, PROMPT, STOPS_WITHIN, Server, model, start, store, wait_for
+
+__all__ = ["model", "store"]  # fixtures
+
+ROWS, PER_REQUEST = 8, 1  # a request may need 4 rows, which is each server's half
+ADMIN = {"Authorization": "Bearer the-admin-key"}
+SHORT, LONG = 10, 200  # tokens
+
+
+class Door:
+    """One connection, so always the same server: `pid`."""
+
+    def __init__(self, server: Server) -> None:
+        self.client = httpx.Client(base_url=server.url, headers=ADMIN, timeout=60)
+        self.client.get("/v1/models")
+        (connection,) = self.client._transport._pool.connections  # type: ignore[attr-defined]
+        port = connection._connection._network_stream.get_extra_info("socket").getsockname()[1]
+        (self.pid,) = (
+            process.pid
+            for process in server.family()
+            for one in process.net_connections("tcp")
+            if one.raddr and one.raddr.port == port
+        )
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.client.post(path, json=body)
+
+    def load(self, name: str, source: str, **more: Any) -> None:
+        answer = self.post("/v1/load_intervention", name=name, source=source, **more)
+        assert answer.status_code == 200, answer.text
+
+    def unload(self, name: str) -> None:
+        assert self.post("/v1/unload_intervention", name=name).status_code == 200
+
+    def complete(self, model: str, tokens: int = SHORT, **more: Any) -> httpx.Response:
+        asked = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        return self.post("/v1/completions", **asked, **more)
+
+    def ask(self, model: str) -> str:
+        answer = self.complete(model)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["text"]).strip()
+
+    def is_gone(self, model: str) -> bool:
+        answer = self.complete(model)
+        return answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("servers")
+    (folder / "admin.key").write_text("the-admin-key\n")
+    options = [f"--artifact=honest={store / 'honest'}", f"--store={store}", f"--admin-key-file={folder / 'admin.key'}"]
+    options += [f"--additive-rows={ROWS}", f"--low-rank-rows={ROWS}", f"--per-request={PER_REQUEST}"]
+    config = folder / "steer.yaml"
+    config.write_text("limits: {row_wait: 0.5}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+        process, url = start(
+            model, folder / "log", *options, f"--config={config}", flags=[*ENGINE_FLAGS, "--api-server-count=2"]
+        )
+    try:
+        wait_for(url, process, folder / "log")
+        yield Server(process, url, folder / "log", store)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def doors(server: Server) -> Iterator[tuple[Door, Door]]:
+    """One to each server: vLLM 0.32 gives a connection to the server that has fewer, older ones to either."""
+    found: dict[int, Door] = {}
+    others = []
+    while len(found) < 2:
+        assert len(others) < 100, "all connections lead to one server"
+        door = Door(server)
+        if found.setdefault(door.pid, door) is not door:
+            others.append(door)
+    one, two = found.values()
+    yield one, two
+    for door in (one, two, *others):
+        door.client.close()
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, store: Path) -> dict[str, list[str]]:
+    """The texts of the base and of two artifacts from transformers, after every number of tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+
+    def texts() -> list[str]:
+        with torch.no_grad():
+            output = network.generate(ids, max_new_tokens=LONG, min_new_tokens=LONG, do_sample=False)[0, ids.shape[1] :]
+        return [tokenizer.decode(output[:n], skip_special_tokens=True).strip() for n in range(LONG + 1)]
+
+    found = {"base": texts()}
+    for name in ("honest", "other"):
+        with steered(network, Intervention.load(store / name)):
+            found[name] = texts()
+    assert len({text[SHORT] for text in found.values()}) == 3
+    return found
+
+
+def test_what_was_given_at_the_start(doors: tuple[Door, Door], expected: dict[str, list[str]]) -> None:
+    for door in doors:
+        assert [card["id"] for card in door.client.get("/v1/models").json()["data"]] == ["base", "base:honest"]
+        assert door.ask("base") == expected["base"][SHORT]
+        assert door.ask("base:honest") == expected["honest"][SHORT]
+
+
+def test_a_change_is_seen_by_the_next_request_to_the_other(
+    doors: tuple[Door, Door], expected: dict[str, list[str]]
+) -> None:
+    for one, two in [doors, doors[::-1]] * 5:
+        one.load("late", "honest")
+        assert two.ask("base:late") == expected["honest"][SHORT]
+        taken = two.post("/v1/load_intervention", name="late", source="other")
+        assert (taken.status_code, taken.json()["error"]["code"]) == (409, "artifact_exists")
+        two.load("late", "other", load_inplace=True)
+        assert one.ask("base:late") == expected["other"][SHORT]
+        assert one.client.get("/v1/interventions").json() == two.client.get("/v1/interventions").json()
+        one.unload("late")
+        assert two.is_gone("base:late")
+        assert one.is_gone("base:late")
+        assert two.post("/v1/unload_intervention", name="late").status_code == 404
+
+
+def test_loads_and_unloads_through_both_at_once(doors: tuple[Door, Door], expected: dict[str, list[str]]) -> None:
+    """The same content under names of its own on either server, loaded and freed over and over."""
+
+    def churn(name: str) -> None:
+        one, two = doors if name in "ab" else doors[::-1]
+        for _ in range(10):
+            one.load(name, "other")
+            assert two.ask(f"base:{name}") == expected["other"][SHORT]
+            one.unload(name)
+            assert two.is_gone(f"base:{name}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(churn, "abcd"))
+
+
+def test_a_stream_ends_with_what_it_began_with(
+    server: Server, doors: tuple[Door, Door], expected: dict[str, list[str]]
+) -> None:
+    one, two = doors
+    one.load("late", "honest")
+    with ThreadPoolExecutor(8) as pool:
+        streams = [pool.submit(door.complete, "base:late", LONG, stream=True) for door in (one, two) for _ in range(4)]
+        while not _running(one):
+            assert not any(stream.done() for stream in streams)
+        two.load("late", "other", load_inplace=True)
+        assert one.ask("base:late") == expected["other"][SHORT]
+        two.unload("late")
+        assert one.is_gone("base:late")
+        assert not all(stream.done() for stream in streams), "too fast to show anything"
+        for stream in streams:
+            assert _text(stream.result()) == expected["honest"][LONG]
+
+
+def _running(door: Door) -> bool:
+    lines = door.client.get("/metrics").text.splitlines()
+    return any(line.startswith("vllm:num_requests_running") and not line.endswith(" 0.0") for line in lines)
+
+
+def _text(answer: httpx.Response) -> str:
+    import json
+
+    assert answer.status_code == 200, answer.text
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+    return "".join(json.loads(line)["choices"][0]["text"] for line in lines).strip()
+
+
+def test_withdrawn_content_is_freed_once(server: Server, doors: tuple[Door, Door]) -> None:
+    digest = doors[0].client.get("/v1/interventions/honest").json()["digest"][:12]
+    doors[0].load("late", "other")
+    other = doors[1].client.get("/v1/interventions/late").json()["digest"][:12]
+    before = server.log.read_text().count(f"sha256 {other} is freed")
+    doors[1].unload("late")
+    import time
+
+    deadline = time.monotonic() + 5
+    while server.log.read_text().count(f"sha256 {other} is freed") == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert server.log.read_text().count(f"sha256 {other} is freed") == before + 1
+    assert f"sha256 {digest} is freed" not in server.log.read_text()
+
+
+def test_each_server_hands_out_its_share_of_the_rows(server: Server, doors: tuple[Door, Door]) -> None:
+    """With the engine stopped for a moment, each server lets half of the rows go on and turns the next one away."""
+    engine = [process for process in server.family() if "Engine" in process.name() or "Worker" in process.name()]
+    assert engine
+    names = [f"x{i}" for i in range(ROWS)]
+    for name in names:
+        doors[0].load(name, _variant(server.store, name))
+    for process in engine:
+        process.suspend()
+    try:
+        with ThreadPoolExecutor(ROWS + 2) as pool:
+            half = len(names) // 2
+            held = [
+                pool.submit(door.complete, f"base:{name}")
+                for door, part in zip(doors, (names[:half], names[half:]), strict=True)
+                for name in part
+            ]
+            import time
+
+            time.sleep(0.3)
+            for door, name in zip(doors, (names[-1], names[0]), strict=True):
+                full = door.complete(f"base:{name}")
+                assert (full.status_code, full.json()["error"]["code"]) == (503, "no_rows")
+            assert not any(one.done() for one in held)
+            for process in engine:
+                process.resume()
+            assert [one.result().status_code for one in held] == [200] * ROWS
+    finally:
+        for process in engine:
+            process.resume()
+
+
+def _variant(store: Path, name: str) -> str:
+    """The same edit at another strength: content of its own."""
+    other = Intervention.load(store / "other")
+    from dataclasses import replace
+
+    strength = 1 + int(name[1:]) / 100
+    changed = replace(other, tensors={key: tensor * strength for key, tensor in other.tensors.items()})
+    changed.save(store / name)
+    return name
+
+
+def test_interrupt_leaves_nothing(server: Server, doors: tuple[Door, Door]) -> None:
+    family = server.family()
+    assert {door.pid for door in doors} < {process.pid for process in family}
+    os.killpg(server.process.pid, signal.SIGINT)
+    _, alive = psutil.wait_procs(family, timeout=STOPS_WITHIN)
+    log = server.log.read_text()
+    assert not alive, f"still running: {alive}\n{log[-4000:]}"
+    assert "Traceback" not in log
+    shared = Path("/dev/shm")
+    assert not [file for process in family for file in shared.glob(f"pym-{process.pid}-*")]
+
+
+@pytest.mark.slow
+def test_a_foreign_artifact_stops_every_server(model: Path, store: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process, _ = start(
+        model, log, f"--artifact=foreign={store / 'foreign'}", flags=[*ENGINE_FLAGS, "--api-server-count=2"]
+    )
+    family: set[psutil.Process] = set()
+    try:
+        while process.poll() is None:
+            family.update(psutil.Process(process.pid).children(recursive=True))
+            psutil.wait_procs(family, timeout=0.5)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 1
+    last = log.read_text().splitlines()[-1]
+    assert last.startswith("error: artifact foreign=")
+    assert "another base model" in last
+    assert not psutil.wait_procs(family, timeout=STOPS_WITHIN)[1]
