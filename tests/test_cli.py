@@ -151,7 +151,7 @@ def test_evaluate_and_train_pass_their_options_on(run: Run) -> None:
         (["m", "--additive-rows", "0"], "additive_rows"),
         (["m", "--max-scale", "nan"], "max_scale"),
         (["m", "--admin-key-file", "nowhere.key"], "nowhere.key"),
-        (["m", "--", "--api-server-count", "2"], "--api-server-count 2"),
+        (["m", "--low-rank-rows", "20", "--", "--api-server-count", "2"], "low_rank_rows 20"),
         (["m", "--", "--headless"], "--headless"),
         (["m", "--", "--api-key", "secret"], "--api-key: give it before the --"),
     ],

@@ -84,27 +84,29 @@ class AsyncEngine:
         return {}
 
     async def _ask(self, call: Call) -> Answers:
-        """Ledger: calls `AsyncMPClient._call_utility_async`, which takes the engine.
-
-        Why: of a data-parallel group, the public call brings back the first engine's answer only. Since 0.26; 0.32 has
-        `call_utility_all_async`, which reaches all engines or none of them. Can go when that takes engines.
-        """
-        engines = dict(enumerate(self._client.core_engines))
-        chosen = tuple(engines) if call.engines is None else call.engines
-        answers = await asyncio.gather(*(self._one(call, engines[number]) for number in chosen))
+        chosen = tuple(range(len(self._client.core_engines))) if call.engines is None else call.engines
+        answers = await asyncio.gather(*(ask(self._client, number, call.method, *call.args) for number in chosen))
         return dict(zip(chosen, answers, strict=True))
 
-    async def _one(self, call: Call, engine: bytes) -> Answer:
-        reply = asyncio.ensure_future(self._client._call_utility_async(call.method, *call.args, engine=engine))
-        try:
-            while not (await asyncio.wait({reply}, timeout=_ALIVE))[0]:
-                self._client.ensure_alive()
-            answer: Answer = reply.result()
-            return answer
-        except Exception as error:
-            return lost(error)
-        finally:
-            reply.cancel()
+
+async def ask(client: Any, engine: int, method: str, *args: Any) -> Answer:
+    """What the core of one engine answers; client: vLLM's `AsyncMPClient`. Raises nothing.
+
+    Ledger: calls `AsyncMPClient._call_utility_async`, which takes the engine.
+
+    Why: of a data-parallel group, the public call brings back the first engine's answer only. Since 0.26; 0.32 has
+    `call_utility_all_async`, which reaches all engines or none of them. Can go when that takes engines.
+    """
+    reply = asyncio.ensure_future(client._call_utility_async(method, *args, engine=client.core_engines[engine]))
+    try:
+        while not (await asyncio.wait({reply}, timeout=_ALIVE))[0]:
+            client.ensure_alive()
+        answer: Answer = reply.result()
+        return answer
+    except Exception as error:
+        return lost(error)
+    finally:
+        reply.cancel()
 
 
 async def _outlast(work: asyncio.Future[Any]) -> bool:

@@ -67,6 +67,7 @@ _ROWS = (
     Feature("speculative decoding: ngram, draft models", SUPPORTED, "tests/engine/test_speculation.py"),
     Feature("KV offload to host memory (OffloadingConnector)", SUPPORTED, "tests/engine/test_kv_offload.py"),
     Feature("prompt embeddings", SUPPORTED, "tests/engine/test_embeds.py"),
+    Feature("several API servers (api_server_count)", SUPPORTED, "tests/server/test_api_servers.py"),
     Feature("beam search", f"{REFUSED_PER_REQUEST}: it drops interventions", "tests/engine/test_bad_input.py"),
 )
 

@@ -5,16 +5,16 @@ Always that core, also where several engines share the load. What the answers me
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Collection
 from typing import Any
 
 from ..catalog import Entry, Snapshot
-from ..errors import EngineUnavailable, by_code
+from ..errors import by_code
 from .answer import Answer
+from .client import ask
 
-_ALIVE = 0.5
-"""Seconds between looks at whether the engines still live: vLLM leaves the calls to a dead one unanswered."""
+_ENGINE = 0
+"""The engine whose core keeps the book."""
 
 
 class Names:
@@ -62,22 +62,7 @@ class Names:
         await self._ask("end_turn", digest, token, freed)
 
     async def _ask(self, what: str, *args: Any) -> Answer:
-        """Ledger: calls `AsyncMPClient._call_utility_async`, which takes the engine.
-
-        Why: of a data-parallel group, the public call reaches every engine. Since 0.26. Can go when that takes engines.
-        """
-        core = self._core
-        reply = asyncio.ensure_future(
-            core._call_utility_async(f"steer_names_{what}", *args, engine=core.core_engine),
-        )
-        try:
-            while not (await asyncio.wait({reply}, timeout=_ALIVE))[0]:
-                core.ensure_alive()
-            answer: Answer = reply.result()
-        except Exception as error:
-            raise EngineUnavailable(f"{type(error).__name__}: {error}") from error
-        finally:
-            reply.cancel()
+        answer = await ask(self._core, _ENGINE, f"steer_names_{what}", *args)
         if answer["state"] == "failed":
             raise by_code(answer["code"], answer["message"])
         return answer

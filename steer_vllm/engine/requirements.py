@@ -80,12 +80,6 @@ SEAMS = (
         "names_client.py",
     ),
     Seam(
-        "vllm.v1.engine.core_client",
-        "AsyncMPClient._call_utility_async",
-        ("self", "method", "args", "engine"),
-        "names_client.py",
-    ),
-    Seam(
         "vllm.v1.utils", "run_api_server_worker_proc", ("listen_address", "sock", "args", "client_config"), "serve.py"
     ),
     Seam("vllm.v1.core.sched.scheduler", "Scheduler._free_request", ("self", "request"), "core.py"),

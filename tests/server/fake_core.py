@@ -51,7 +51,7 @@ class _Client:
 
     def __init__(self, core: FakeCore, server: int, servers: int) -> None:
         self.client_index, self.client_count = server, servers
-        self.core_engine = ENGINES[0]
+        self.core_engines = ENGINES
         self._core = core
         self._there, self._back = asyncio.Lock(), asyncio.Lock()
 

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from steer_vllm.engine import client
 from steer_vllm.errors import EngineUnavailable
 from steer_vllm.server import names as module
 from steer_vllm.server.front import Front
@@ -53,7 +54,7 @@ async def test_every_server_answers_alike(clients: list[httpx.AsyncClient], make
     assert await status(two, "tiny:new") == 200
     for path in ("/v1/interventions", "/v1/interventions/new"):
         assert (await one.get(path)).json() == (await two.get(path)).json()
-    cards = [[card["id"] for card in (await client.get("/v1/models")).json()["data"]] for client in clients]
+    cards = [[card["id"] for card in (await one.get("/v1/models")).json()["data"]] for one in clients]
     assert cards[0] == cards[1] == ["tiny", "tiny:edit", "tiny:honest", "tiny:new", "tiny:polite"]
     taken = await two.post("/v1/load_intervention", json={"name": "new", "source": "honest"})
     assert taken.status_code == 409
@@ -64,10 +65,10 @@ async def test_every_server_answers_alike(clients: list[httpx.AsyncClient], make
 
 
 async def test_nothing_is_fetched_while_nothing_changes(clients: list[httpx.AsyncClient], core: FakeCore) -> None:
-    assert [await status(client, "tiny:honest") for client in clients] == [200, 200]
+    assert [await status(one, "tiny:honest") for one in clients] == [200, 200]
     await settle()
     before = len(core.calls)
-    assert [await status(client, "tiny:honest") for client in clients * 5] == [200] * 10
+    assert [await status(one, "tiny:honest") for one in clients * 5] == [200] * 10
     await settle()
     assert len(core.calls) == before
 
@@ -97,9 +98,7 @@ async def test_a_book_that_cannot_be_fetched_is_not_guessed(
 
 async def test_a_dead_core_is_noticed(fronts: list[Front], core: FakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM leaves the calls to it unanswered."""
-    from steer_vllm.engine import names_client
-
-    monkeypatch.setattr(names_client, "_ALIVE", 0.01)
+    monkeypatch.setattr(client, "_ALIVE", 0.01)
     core.dead = True
     with pytest.raises(EngineUnavailable, match="dead"):
         await fronts[1].registry.refresh()
