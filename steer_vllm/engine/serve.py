@@ -90,6 +90,8 @@ def prepare(args: Namespace, config: SteerConfig, settings: object) -> None:
     args.additional_config = {**additional, KEY: entry(config)}
     args.middleware = [MIDDLEWARE, *args.middleware]  # the first is the innermost: others see requests as they came
     args.steer_settings = settings
+    # Ledger. What: vLLM hands its arguments to `run_api_server_worker_proc` of every API server as it spawns them. Why:
+    # memory can be shared only with processes that are being spawned. Since 0.26. Can go when plugins can share state.
     args.steer_board = Board(servers)
 
 
