@@ -19,6 +19,7 @@ from ..errors import ModelNotFound
 from ..plan import nominal_contents
 from ..request import Ask, Steering
 from . import body as bodies
+from .departures import Departures
 from .gate import Gate, Rows, Ticket
 from .keys import Keys
 from .registry import Registry
@@ -39,11 +40,13 @@ class Decision:
     """A request that may go on. model: the name its answer carries, None for vLLM's choice.
 
     adapter: the name of the LoRA adapter it uses beside its interventions.
+    stops: it has stop strings, which vLLM looks for outside the engine.
     """
 
     model: str | None = None
     adapter: str | None = None
     applied: str = ""
+    stops: bool = False
     digests: frozenset[str] = frozenset()
     rows: Rows = field(default_factory=Rows)
 
@@ -55,6 +58,13 @@ class Lease:
     front: Front
     decision: Decision
     ticket: Ticket | None
+
+    def end(self, answered: bool) -> None:
+        """The request has ended: give everything back, as soon as the engine is done with it."""
+        if self.ticket is not None and self.ticket.granted.done() and (self.decision.stops or not answered):
+            self.front.departures.add(self)
+        else:
+            self.release()
 
     def release(self) -> None:
         """Give everything back. Errors: `KeyError` the second time."""
@@ -80,6 +90,7 @@ class Front:
         self.keys = keys
         self.limits = limits
         self.gate = Gate(config.share(servers))
+        self.departures = Departures(registry.settle, registry.names.in_background)
         self._config = config
         self._largest = largest
         self._adapters = adapters
@@ -89,7 +100,7 @@ class Front:
         return self.registry.base_names
 
     async def admit(self, body: dict[str, Any], path: str) -> Lease:
-        """Decide on a request and hold what it uses. The lease must be released whatever happens.
+        """Decide on a request and hold what it uses. The lease must be ended whatever happens.
 
         Errors: those of `decide` and `enter`; `EngineUnavailable` when names have changed and cannot be fetched.
         """
@@ -127,11 +138,12 @@ class Front:
                 for ask, part in zip(asks, steering.components, strict=True)
             ),
             digests=frozenset(part.digest for part in steering.components),
+            stops=body.get("stop") not in (None, "", []),
             rows=self._rows(steering, entries),
         )
 
     def enter(self, decision: Decision) -> Lease:
-        """Hold the contents and queue for the rows. The lease must be released whatever happens.
+        """Hold the contents and queue for the rows. The lease must be ended whatever happens.
 
         Errors: `TooManyInterventions` when the rows could never be had.
         """

@@ -94,10 +94,17 @@ class SteerMiddleware:
             await self.app(scope, inbox.replay(content), send)
 
     async def _steer(self, front: Front, path: str, content: bytes, inbox: Inbox, scope: Scope, send: Send) -> None:
-        """Decide, wait for rows, serve, release: once, however it ends."""
+        """Decide, wait for rows, serve, give back: once, however it ends."""
         body = bodies.read(content)
         lease = await front.admit(body, path)
         decision = lease.decision
+        answered = False
+
+        async def watched(message: Message) -> None:
+            nonlocal answered
+            await send(message)
+            answered = message["type"] == "http.response.body" and not message.get("more_body", False)
+
         try:
             if lease.ticket is not None:
                 try:
@@ -111,12 +118,14 @@ class SteerMiddleware:
             content = json.dumps(body).encode()
             name = asked_model.set(decision.model)
             try:
-                await self.app(_with_length(scope, len(content)), inbox.replay(content), _with_header(send, decision))
+                await self.app(
+                    _with_length(scope, len(content)), inbox.replay(content), _with_header(watched, decision)
+                )
             finally:
                 asked_model.reset(name)
         finally:
             inbox.close()
-            lease.release()
+            lease.end(answered)
 
 
 def _front(scope: Scope) -> Front | None:

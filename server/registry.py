@@ -35,6 +35,9 @@ class Engine(Protocol):
     async def unload(self, digest: str) -> bool:
         """Free on every rank; False while a request in the engine uses it."""
 
+    async def settle(self) -> None:
+        """Come back when everything sent before is done. Errors: `EngineUnavailable`."""
+
 
 class Registry:
     """Names and what they point to, for one event loop."""
@@ -109,6 +112,10 @@ class Registry:
     def leave(self, digests: set[str]) -> None:
         """A request has ended."""
         self.names.leave(digests)
+
+    async def settle(self) -> None:
+        """Come back when the engine has done everything that was sent before. Errors: `EngineUnavailable`."""
+        await self._engine.settle()
 
     def _read(self, folder: Path) -> Intervention:
         """Read and check an artifact against the model and the tables. Errors: `ArtifactInvalid`."""

@@ -46,6 +46,7 @@ class FakeEngine:
         self.loads = 0
         self.at_once = 0
         self.most_at_once = 0
+        self.settled = 0
         self.busy: set[str] = set()
         self.fails: Exception | None = None
         self.hold = asyncio.Event()
@@ -78,6 +79,12 @@ class FakeEngine:
                 for edits in parts
             ),
         )
+
+    async def settle(self) -> None:
+        self.settled += 1
+        await self.hold.wait()
+        if self.fails:
+            raise self.fails
 
     async def unload(self, digest: str) -> bool:
         await asyncio.sleep(0)
@@ -244,16 +251,21 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-def assert_idle(front: Front) -> None:
-    """Nothing is held and nobody waits."""
+async def eventually(holds: Callable[[], bool]) -> None:
+    """For what happens in the background, however slow the machine is."""
+    for _ in range(500):
+        if holds():
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("it did not happen")
+
+
+async def assert_idle(front: Front) -> None:
+    """Nothing is held and nobody waits, as soon as the engine is done with requests that left."""
+    await eventually(lambda: front.departures.count == 0)
     assert front.gate.used == (0, 0)
     assert front.gate.waiting == 0
     assert not front.registry.catalog._users
-
-
-@pytest.fixture
-def idle() -> Callable[[Front], None]:
-    return assert_idle
 
 
 @pytest.fixture

@@ -5,10 +5,13 @@ Each test talks to both over connections of its own; texts are compared with tra
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +58,7 @@ class Door:
         assert self.post("/v1/unload_intervention", name=name).status_code == 200
 
     def complete(self, model: str, tokens: int = SHORT, **more: Any) -> httpx.Response:
-        asked = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        asked = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "min_tokens": tokens, "temperature": 0}
         return self.post("/v1/completions", **asked, **more)
 
     def ask(self, model: str) -> str:
@@ -191,8 +194,6 @@ def _running(door: Door) -> bool:
 
 
 def _text(answer: httpx.Response) -> str:
-    import json
-
     assert answer.status_code == 200, answer.text
     lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
     return "".join(json.loads(line)["choices"][0]["text"] for line in lines).strip()
@@ -204,8 +205,6 @@ def test_withdrawn_content_is_freed_once(server: Server, doors: tuple[Door, Door
     other = doors[1].client.get("/v1/interventions/late").json()["digest"][:12]
     before = server.log.read_text().count(f"sha256 {other} is freed")
     doors[1].unload("late")
-    import time
-
     deadline = time.monotonic() + 5
     while server.log.read_text().count(f"sha256 {other} is freed") == before:
         assert time.monotonic() < deadline
@@ -231,8 +230,6 @@ def test_each_server_hands_out_its_share_of_the_rows(server: Server, doors: tupl
                 for door, part in zip(doors, (names[:half], names[half:]), strict=True)
                 for name in part
             ]
-            import time
-
             time.sleep(0.3)
             for door, name in zip(doors, (names[-1], names[0]), strict=True):
                 full = door.complete(f"base:{name}")
@@ -249,8 +246,6 @@ def test_each_server_hands_out_its_share_of_the_rows(server: Server, doors: tupl
 def _variant(store: Path, name: str) -> str:
     """The same edit at another strength: content of its own."""
     other = Intervention.load(store / "other")
-    from dataclasses import replace
-
     strength = 1 + int(name[1:]) / 100
     changed = replace(other, tensors={key: tensor * strength for key, tensor in other.tensors.items()})
     changed.save(store / name)

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from steer_vllm.errors import EngineUnavailable
 from steer_vllm.server.front import Front
 from steer_vllm.server.middleware import SteerMiddleware
 
-from .conftest import Make, assert_idle, direction, fill, lofit
+from .conftest import FakeEngine, Make, assert_idle, direction, eventually, fill, lofit
 
 HELD = {"model": "tiny:honest", "prompt": "x"}
 
@@ -101,7 +102,7 @@ async def test_while_the_body_is_sent(server: Server, front: Front) -> None:
     await call.task
     assert not server.entered.is_set()
     assert not call.sent
-    assert_idle(front)
+    await assert_idle(front)
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -113,7 +114,7 @@ async def test_while_it_is_served(server: Server, front: Front, streams: bool) -
     call.disconnect()
     await call.task
     assert server.saw_disconnect
-    assert_idle(front)
+    await assert_idle(front)
 
 
 async def test_a_normal_end(server: Server, front: Front) -> None:
@@ -122,7 +123,7 @@ async def test_a_normal_end(server: Server, front: Front) -> None:
     server.finish.set()
     await call.task
     assert call.status == 200
-    assert_idle(front)
+    await assert_idle(front)
 
 
 async def test_failing(server: Server, front: Front) -> None:
@@ -130,7 +131,7 @@ async def test_failing(server: Server, front: Front) -> None:
     call = Call(server, HELD)
     with pytest.raises(RuntimeError):
         await call.task
-    assert_idle(front)
+    await assert_idle(front)
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -141,7 +142,7 @@ async def test_cancelled_while_served(server: Server, front: Front, streams: boo
     call.task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call.task
-    assert_idle(front)
+    await assert_idle(front)
 
 
 class TestWaiting:
@@ -163,7 +164,7 @@ class TestWaiting:
     async def end(self, server: Server, holder: Call, front: Front) -> None:
         server.finish.set()
         await holder.task
-        assert_idle(front)
+        await assert_idle(front)
 
     async def test_gets_its_turn(self, server: Server, front: Front, holder: Call) -> None:
         call = Call(server, {"model": "tiny:polite"})
@@ -185,7 +186,7 @@ class TestWaiting:
         call.disconnect()
         await call.task
         assert server.saw_disconnect
-        assert_idle(front)
+        await assert_idle(front)
 
     async def test_time_is_up(self, server: Server, front: Front, holder: Call) -> None:
         call = Call(server, {"model": "tiny:polite"})
@@ -219,7 +220,7 @@ class TestWaiting:
         holder.disconnect()
         call.disconnect()
         await asyncio.gather(holder.task, call.task)
-        assert_idle(front)
+        await assert_idle(front)
 
     async def test_the_base_never_waits(self, server: Server, front: Front, holder: Call) -> None:
         call = Call(server, {"model": "tiny"})
@@ -251,7 +252,7 @@ async def test_more_rows_than_there_are(build: Callable[..., Front], make: Make)
     call = Call(Server(front), {"model": "tiny", "interventions": [{"name": "honest"}, {"name": "polite"}]})
     await call.task
     assert (call.status, call.error["code"]) == (400, "too_many_interventions")
-    assert_idle(front)
+    await assert_idle(front)
 
 
 async def test_unload_and_replace_while_it_runs(server: Server, front: Front, make: Make) -> None:
@@ -266,10 +267,9 @@ async def test_unload_and_replace_while_it_runs(server: Server, front: Front, ma
     assert old in engine.loaded
     server.finish.set()
     await call.task
-    await asyncio.sleep(0.1)
-    assert old not in engine.loaded
+    await eventually(lambda: old not in engine.loaded)
     assert len(engine.loaded) == 2
-    assert_idle(front)
+    await assert_idle(front)
 
 
 async def test_many_at_once(build: Callable[..., Front], make: Make) -> None:
@@ -285,4 +285,71 @@ async def test_many_at_once(build: Callable[..., Front], make: Make) -> None:
         call.disconnect()
     await asyncio.gather(*(call.task for call in calls))
     assert all(call.status == 200 for i, call in enumerate(calls) if i % 7)
-    assert_idle(front)
+    await assert_idle(front)
+
+
+class TestLeaving:
+    """The engine hears of a client that left, or of a stop string, a little later: until then no row is free."""
+
+    @pytest.fixture
+    async def front(self, build: Callable[..., Front], make: Make) -> Front:
+        front = build(additive_rows=1, row_wait=5)
+        await fill(front, make)
+        return front
+
+    async def check(self, server: Server, front: Front, engine: FakeEngine, leaver: Call) -> None:
+        """With an engine that is still busy, the row of the one who left is not handed out yet."""
+        await leaver.task
+        server.entered.clear()
+        call = Call(server, {"model": "tiny:polite"})
+        await eventually(lambda: engine.settled == 1)
+        await turn()
+        assert (engine.settled, front.gate.used, front.gate.waiting) == (1, (1, 0), 1)
+        assert not server.entered.is_set()
+        server.finish.set()
+        engine.hold.set()
+        await call.task
+        assert call.status == 200
+        await assert_idle(front)
+
+    async def test_by_disconnect(self, server: Server, front: Front, engine: FakeEngine) -> None:
+        engine.hold.clear()
+        leaver = Call(server, HELD)
+        await server.entered.wait()
+        leaver.disconnect()
+        await self.check(server, front, engine, leaver)
+
+    async def test_with_a_stop_string(self, server: Server, front: Front, engine: FakeEngine) -> None:
+        engine.hold.clear()
+        leaver = Call(server, {**HELD, "stop": ["."]})
+        await server.entered.wait()
+        server.finish.set()
+        await leaver.task
+        server.finish.clear()
+        await self.check(server, front, engine, leaver)
+
+    async def test_a_normal_end_asks_nothing(self, server: Server, front: Front, engine: FakeEngine) -> None:
+        call = Call(server, {**HELD, "stop": []})
+        await server.entered.wait()
+        server.finish.set()
+        await call.task
+        assert front.gate.used == (0, 0)
+        assert engine.settled == 0
+
+    async def test_without_an_answer_of_the_engine(self, server: Server, front: Front, engine: FakeEngine) -> None:
+        engine.fails = EngineUnavailable("gone")
+        leaver = Call(server, HELD)
+        await server.entered.wait()
+        leaver.disconnect()
+        await leaver.task
+        await assert_idle(front)
+
+
+async def test_many_leave_at_once(server: Server, front: Front, engine: FakeEngine) -> None:
+    calls = [Call(server, HELD) for _ in range(100)]
+    await turn()
+    for call in calls:
+        call.disconnect()
+    await asyncio.gather(*(call.task for call in calls))
+    await assert_idle(front)
+    assert engine.settled <= 3

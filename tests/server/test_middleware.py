@@ -24,7 +24,7 @@ TEXT = "/v1/completions"
 @pytest.fixture(autouse=True)
 async def nothing_is_left(front: Front) -> AsyncIterator[None]:
     yield
-    assert_idle(front)
+    await assert_idle(front)
 
 
 async def post(client: AsyncClient, path: str, **body: Any) -> httpx.Response:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from steer_vllm.catalog import Catalog
+from steer_vllm.catalog import Catalog, Entry
 from steer_vllm.errors import (
     ArtifactExists,
     ArtifactInvalid,
@@ -24,7 +24,7 @@ from steer_vllm.server import registry as module
 from steer_vllm.server.front import Front
 from steer_vllm.server.registry import Registry
 
-from .conftest import BASE, FakeEngine, Make, direction, lofit, loreft
+from .conftest import BASE, FakeEngine, Make, direction, eventually, lofit, loreft
 
 Build = Callable[..., Front]
 
@@ -56,8 +56,7 @@ async def test_load_and_unload(registry: Registry, engine: FakeEngine, make: Mak
     assert (await catalog(registry)).get("honest").to_json()["method"] == "lofit"
     await registry.unload("honest")
     assert "honest" not in (await catalog(registry))
-    await settle()
-    assert not engine.loaded
+    await eventually(lambda: not engine.loaded)
     with pytest.raises(ModelNotFound):
         await registry.unload("honest")
 
@@ -66,7 +65,7 @@ async def test_published_only_when_the_engine_has_it(registry: Registry, engine:
     make("honest")
     engine.hold.clear()
     loading = asyncio.create_task(registry.load("honest", "honest"))
-    await settle()
+    await eventually(lambda: engine.loads == 1)
     assert engine.loads == 1
     assert "honest" not in (await catalog(registry))
     engine.hold.set()
@@ -77,12 +76,11 @@ async def test_published_only_when_the_engine_has_it(registry: Registry, engine:
 async def test_of_two_loads_of_one_name_one_wins(registry: Registry, engine: FakeEngine, make: Make) -> None:
     make("a", lofit(1))
     make("b", lofit(2))
-    first, second = await asyncio.gather(registry.load("x", "a"), registry.load("x", "b"), return_exceptions=True)
-    assert not isinstance(first, BaseException)
-    assert isinstance(second, ArtifactExists)
-    await settle()
-    assert set(engine.loaded) == {first.digest}
-    assert (await catalog(registry)).get("x").digest == first.digest
+    both = await asyncio.gather(registry.load("x", "a"), registry.load("x", "b"), return_exceptions=True)
+    (winner,) = (one for one in both if isinstance(one, Entry))
+    assert sum(isinstance(one, ArtifactExists) for one in both) == 1
+    await eventually(lambda: set(engine.loaded) == {winner.digest})
+    assert (await catalog(registry)).get("x").digest == winner.digest
 
 
 async def test_two_names_load_at_once(registry: Registry, engine: FakeEngine, make: Make) -> None:
@@ -90,7 +88,7 @@ async def test_two_names_load_at_once(registry: Registry, engine: FakeEngine, ma
     make("b", lofit(2))
     engine.hold.clear()
     both = [asyncio.create_task(registry.load(name, name)) for name in "ab"]
-    await settle()
+    await eventually(lambda: engine.at_once == 2)
     engine.hold.set()
     await asyncio.gather(*both)
     assert engine.most_at_once == 2
@@ -115,8 +113,7 @@ async def test_replace_keeps_what_runs(registry: Registry, engine: FakeEngine, m
     assert (await catalog(registry)).get("x").digest == new.digest
     assert set(engine.loaded) == {old.digest, new.digest}
     registry.leave({old.digest})
-    await settle()
-    assert set(engine.loaded) == {new.digest}
+    await eventually(lambda: set(engine.loaded) == {new.digest})
 
 
 async def test_unload_waits_for_the_last_request(registry: Registry, engine: FakeEngine, make: Make) -> None:
@@ -129,8 +126,7 @@ async def test_unload_waits_for_the_last_request(registry: Registry, engine: Fak
     await settle()
     assert engine.loaded
     registry.leave({entry.digest})
-    await settle()
-    assert not engine.loaded
+    await eventually(lambda: not engine.loaded)
 
 
 async def test_unload_waits_for_the_engine(registry: Registry, engine: FakeEngine, make: Make) -> None:
@@ -141,8 +137,7 @@ async def test_unload_waits_for_the_engine(registry: Registry, engine: FakeEngin
     await settle()
     assert engine.loaded
     engine.busy.clear()
-    await settle()
-    assert not engine.loaded
+    await eventually(lambda: not engine.loaded)
 
 
 async def test_content_with_another_name_stays(registry: Registry, engine: FakeEngine, make: Make) -> None:
@@ -153,8 +148,7 @@ async def test_content_with_another_name_stays(registry: Registry, engine: FakeE
     await settle()
     assert entry.digest in engine.loaded
     await registry.unload("two")
-    await settle()
-    assert not engine.loaded
+    await eventually(lambda: not engine.loaded)
 
 
 async def test_loaded_again_while_being_freed(registry: Registry, engine: FakeEngine, make: Make) -> None:
@@ -195,8 +189,8 @@ async def test_history(registry: Registry, engine: FakeEngine, make: Make) -> No
                 pass
 
     await asyncio.gather(*(user() for _ in range(6)))
-    await settle()
-    assert set(engine.loaded) == {entry.digest for entry in (await catalog(registry))}
+    published = (await catalog(registry)).named
+    await eventually(lambda: set(engine.loaded) == published)
 
 
 @pytest.mark.parametrize("error", [ArtifactInvalid("rank 1 refuses"), EngineUnavailable("gone")])
@@ -218,13 +212,12 @@ async def test_a_cancelled_load_leaves_nothing(registry: Registry, engine: FakeE
     make("honest")
     engine.hold.clear()
     loading = asyncio.create_task(registry.load("honest", "honest"))
-    await settle()
+    await eventually(lambda: engine.at_once == 1)
     loading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await loading
     engine.hold.set()
-    await settle()
-    assert not engine.loaded
+    await eventually(lambda: not engine.loaded)
     assert len(await catalog(registry)) == 0
 
 

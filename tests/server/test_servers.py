@@ -121,6 +121,9 @@ class Engine:
             await asyncio.sleep(self._draw.random() * SLOW)
             return True
 
+    async def settle(self) -> None:
+        await asyncio.sleep(self._draw.random() * SLOW)
+
     def admit(self, digest: str) -> None:
         assert digest in self.loaded, "a request finds its content gone"
         assert digest not in self._closing, "a request is turned away"
