@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -36,7 +37,8 @@ class Door:
     """One connection, so always the same server: `pid`."""
 
     def __init__(self, server: Server) -> None:
-        self.client = httpx.Client(base_url=server.url, headers=ADMIN, timeout=60)
+        one = httpx.Limits(max_connections=1)
+        self.client = httpx.Client(base_url=server.url, headers=ADMIN, timeout=60, limits=one)
         self.client.get("/v1/models")
         (connection,) = self.client._transport._pool.connections  # type: ignore[attr-defined]
         port = connection._connection._network_stream.get_extra_info("socket").getsockname()[1]
@@ -94,19 +96,23 @@ def server(model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def doors(server: Server) -> Iterator[tuple[Door, Door]]:
-    """One to each server: vLLM 0.32 gives a connection to the server that has fewer, older ones to either."""
-    found: dict[int, Door] = {}
-    others = []
-    while len(found) < 2:
-        assert len(others) < 100, "all connections lead to one server"
+def crowd(server: Server) -> Iterator[tuple[list[Door], list[Door]]]:
+    """Enough to each server: vLLM 0.32 gives a connection to the server that has fewer, older ones to either."""
+    found: defaultdict[int, list[Door]] = defaultdict(list)
+    while len(found) < 2 or min(map(len, found.values())) < ROWS // 2 + 1:
+        assert sum(map(len, found.values())) < 200, f"the connections lead to {list(found)}"
         door = Door(server)
-        if found.setdefault(door.pid, door) is not door:
-            others.append(door)
+        found[door.pid].append(door)
     one, two = found.values()
     yield one, two
-    for door in (one, two, *others):
+    for door in one + two:
         door.client.close()
+
+
+@pytest.fixture(scope="module")
+def doors(crowd: tuple[list[Door], list[Door]]) -> tuple[Door, Door]:
+    """One to each server."""
+    return crowd[0][0], crowd[1][0]
 
 
 @pytest.fixture(scope="module")
@@ -171,12 +177,12 @@ def test_loads_and_unloads_through_both_at_once(doors: tuple[Door, Door], expect
 
 
 def test_a_stream_ends_with_what_it_began_with(
-    server: Server, doors: tuple[Door, Door], expected: dict[str, list[str]]
+    crowd: tuple[list[Door], list[Door]], expected: dict[str, list[str]]
 ) -> None:
-    one, two = doors
+    (one, *ones), (two, *twos) = crowd
     one.load("late", "honest")
     with ThreadPoolExecutor(8) as pool:
-        streams = [pool.submit(door.complete, "base:late", LONG, stream=True) for door in (one, two) for _ in range(4)]
+        streams = [pool.submit(door.complete, "base:late", LONG, stream=True) for door in ones[:4] + twos[:4]]
         while not _running(one):
             assert not any(stream.done() for stream in streams)
         two.load("late", "other", load_inplace=True)
@@ -213,26 +219,26 @@ def test_withdrawn_content_is_freed_once(server: Server, doors: tuple[Door, Door
     assert f"sha256 {digest} is freed" not in server.log.read_text()
 
 
-def test_each_server_hands_out_its_share_of_the_rows(server: Server, doors: tuple[Door, Door]) -> None:
+def test_each_server_hands_out_its_share_of_the_rows(server: Server, crowd: tuple[list[Door], list[Door]]) -> None:
     """With the engine stopped for a moment, each server lets half of the rows go on and turns the next one away."""
     engine = [process for process in server.family() if "Engine" in process.name() or "Worker" in process.name()]
     assert engine
     names = [f"x{i}" for i in range(ROWS)]
     for name in names:
-        doors[0].load(name, _variant(server.store, name))
+        crowd[0][0].load(name, _variant(server.store, name))
+    shares = names[: ROWS // 2], names[ROWS // 2 :]
     for process in engine:
         process.suspend()
     try:
-        with ThreadPoolExecutor(ROWS + 2) as pool:
-            half = len(names) // 2
+        with ThreadPoolExecutor(ROWS) as pool:
             held = [
                 pool.submit(door.complete, f"base:{name}")
-                for door, part in zip(doors, (names[:half], names[half:]), strict=True)
-                for name in part
+                for doors, share in zip(crowd, shares, strict=True)
+                for door, name in zip(doors[1:], share, strict=False)
             ]
-            time.sleep(0.3)
-            for door, name in zip(doors, (names[-1], names[0]), strict=True):
-                full = door.complete(f"base:{name}")
+            time.sleep(0.5)  # they are on their way
+            for (door, *_), share in zip(crowd, shares[::-1], strict=True):
+                full = door.complete(f"base:{share[0]}")
                 assert (full.status_code, full.json()["error"]["code"]) == (503, "no_rows")
             assert not any(one.done() for one in held)
             for process in engine:

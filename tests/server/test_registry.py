@@ -66,7 +66,6 @@ async def test_published_only_when_the_engine_has_it(registry: Registry, engine:
     engine.hold.clear()
     loading = asyncio.create_task(registry.load("honest", "honest"))
     await eventually(lambda: engine.loads == 1)
-    assert engine.loads == 1
     assert "honest" not in (await catalog(registry))
     engine.hold.set()
     await loading
