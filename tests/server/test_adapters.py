@@ -61,4 +61,4 @@ async def test_what_is_refused_holds_nothing(
         body = {"model": model, "prompt": "x", "interventions": [{"name": "honest"}]}
         answer = await client.post("/v1/chat/completions", json=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
-    assert_idle(front)
+    await assert_idle(front)
