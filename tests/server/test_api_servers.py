@@ -24,7 +24,7 @@ import torch
 from steer_vllm.hf import steered
 from steer_vllm.intervention import Intervention
 
-from .test_serve import ENGINE_FLAGS, PROMPT, STOPS_WITHIN, Server, model, start, store, wait_for
+from .test_serve import ENGINE_FLAGS, PROMPT, STARTS_WITHIN, STOPS_WITHIN, Server, model, start, store, wait_for
 
 __all__ = ["model", "store"]  # fixtures
 
@@ -86,7 +86,7 @@ def server(model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -
         patch.setenv("VLLM_LOGGING_LEVEL", "INFO")
         process, url = start(model, folder / "log", *options, f"--config={config}", flags=[*ENGINE_FLAGS, *TWO_OF_EACH])
     try:
-        wait_for(url, process, folder / "log")
+        wait_for(url, process, folder / "log", within=2 * STARTS_WITHIN)
         yield Server(process, url, folder / "log", store)
     finally:
         if process.poll() is None:

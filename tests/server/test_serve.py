@@ -166,8 +166,8 @@ def server(model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -
             process.wait()
 
 
-def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + STARTS_WITHIN
+def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, within: float = STARTS_WITHIN) -> None:
+    deadline = time.monotonic() + within
     while time.monotonic() < deadline and process.poll() is None:
         try:
             if httpx.get(f"{url}/health").status_code == 200:
