@@ -84,6 +84,7 @@ def server(model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -
     config.write_text("limits: {row_wait: 0.5}\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+        patch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "600")  # seconds: a new connection may lead to the other server
         process, url = start(model, folder / "log", *options, f"--config={config}", flags=[*ENGINE_FLAGS, *TWO_OF_EACH])
     try:
         wait_for(url, process, folder / "log", within=2 * STARTS_WITHIN)

@@ -417,9 +417,13 @@ def test_rows_run_out_and_come_back(server: Server) -> None:
             server.ask(interventions=asks(-1))
         for stream in streams:
             stream.close()
+        time.sleep(0.3)  # they have left; the engine, which is stopped, does not know
+        with pytest.raises(openai.InternalServerError) as still_full:
+            server.ask(interventions=asks(-1))
     finally:
         for process in engine:
             process.resume()
+    assert still_full.value.code == "no_rows"
     assert full.value.code == "no_rows"
     assert full.value.response.headers["retry-after"] == "1"
     deadline = time.monotonic() + STOPS_WITHIN
