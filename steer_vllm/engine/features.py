@@ -68,6 +68,17 @@ _ROWS = (
     Feature("KV offload to host memory (OffloadingConnector)", SUPPORTED, "tests/engine/test_kv_offload.py"),
     Feature("prompt embeddings", SUPPORTED, "tests/engine/test_embeds.py"),
     Feature("several API servers (api_server_count)", SUPPORTED, "tests/server/test_api_servers.py"),
+    Feature("LoRA adapters by their model names, over HTTP", SUPPORTED, "tests/server/test_serve_features.py"),
+    Feature(
+        "pooling requests (embeddings, scores, classification)",
+        f"{REFUSED_PER_REQUEST}: there is no generation to edit",
+        "tests/server/test_serve_features.py",
+    ),
+    Feature(
+        "batch, Responses, Messages, /invocations and token-in-token-out routes",
+        f"{REFUSED_PER_REQUEST}: they serve the base model",
+        "tests/server/test_serve.py",
+    ),
     Feature("beam search", f"{REFUSED_PER_REQUEST}: it drops interventions", "tests/engine/test_bad_input.py"),
 )
 
