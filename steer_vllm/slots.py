@@ -78,6 +78,12 @@ class SlotTables:
                 elif any(term.digest in digests for term in content):
                     write(row, gather(Fill(row, content), store))
 
+    def restore(self, store: Store) -> None:
+        """Write every row again, on a device that has lost them."""
+        for tensor in (self.additive, self.low_rank.A, self.low_rank.B, self.low_rank.c):
+            tensor.zero_()
+        self.refill({digest for digest, _ in store}, store)
+
     def write_additive(self, row: int, packed: Packed) -> None:
         """Copy one part's offsets into a row; a part without any makes it the identity."""
         if packed.offset is None:
@@ -129,6 +135,11 @@ class TokenSlots:
                 into[count : self._used].zero_()
         self._used = count
 
+    def restore(self) -> None:
+        """No token is edited, on a device that has lost its memory."""
+        self._used = len(self.scales)
+        self.clear()
+
     def clear(self) -> None:
         """No token is edited. Free when that is so already."""
         if self._used:
@@ -148,6 +159,7 @@ class RequestSlots:
         self.scales = torch.zeros(requests + 1, config.max_segments, dtype=torch.float32, device=device)
         self._free = list(range(requests, 0, -1))
         self._row: dict[str, int] = {}
+        self._placements: dict[str, Sequence[Placement]] = {}
 
     def __len__(self) -> int:
         return len(self._row)
@@ -156,7 +168,18 @@ class RequestSlots:
         """Take a request in that is not there yet."""
         if not self._free:
             self._grow()
-        row = self._row[request_id] = self._free.pop()
+        self._row[request_id] = self._free.pop()
+        self._placements[request_id] = placements
+        self._write(self._row[request_id], placements)
+
+    def restore(self) -> None:
+        """Write every request's segments again, on a device that has lost them."""
+        self.spans.zero_()
+        self.scales.zero_()
+        for request_id, row in self._row.items():
+            self._write(row, self._placements[request_id])
+
+    def _write(self, row: int, placements: Sequence[Placement]) -> None:
         spans = np.zeros(self.spans.shape[1:], dtype=np.int32)
         scales = np.zeros(self.scales.shape[1:], dtype=np.float32)
         for i, place in enumerate(placements):
@@ -170,6 +193,7 @@ class RequestSlots:
         row = self._row.pop(request_id, None)
         if row is not None:
             self._free.append(row)
+            del self._placements[request_id]
         return row is not None
 
     def row(self, request_id: str) -> int:

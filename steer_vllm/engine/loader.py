@@ -31,7 +31,8 @@ class Load:
         self.parts: tuple[Packed, ...] = ()
         self.spoilt = False
         self.answer: Answer = {"state": "busy"}
-        threading.Thread(target=self._run, name=f"steer-load-{digest[:12]}", daemon=True).start()
+        self.thread = threading.Thread(target=self._run, name=f"steer-load-{digest[:12]}", daemon=True)
+        self.thread.start()
 
     def _run(self) -> None:
         self.answer = self._prepare()

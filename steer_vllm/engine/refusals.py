@@ -140,7 +140,7 @@ REFUSALS = (
     ),
     Refusal(
         "enable_sleep_mode",
-        "waking up does not yet restore the tables of requests",
+        "waking up has not been seen on a GPU yet (tests/gpu/test_sleep.py)",
         lambda config: config.model_config.enable_sleep_mode,
     ),
     Refusal(

@@ -41,6 +41,8 @@ SEAMS = (
         "runner_v1.py",
     ),
     Seam("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._dummy_run", ("self", "num_tokens"), "runner_v1.py"),
+    Seam("vllm.v1.worker.gpu_worker", "Worker.sleep", ("self", "level"), "sleep.py"),
+    Seam("vllm.v1.worker.gpu_worker", "Worker.wake_up", ("self", "tags"), "sleep.py"),
     Seam("vllm.v1.worker.worker_base", "WorkerBase.__init__", ("self", "vllm_config"), "worker_methods.py"),
     Seam(
         "vllm.v1.worker.gpu.model_runner",

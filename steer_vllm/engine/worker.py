@@ -64,7 +64,16 @@ class WorkerSteering:
         self._batch: list[str] | None = None
         self._rows = torch.zeros(0, dtype=torch.int64, device=device)
         self._steered = False
+        self.asleep = False
         wrap(layers, self.tables, self.tokens)
+
+    def restore(self) -> None:
+        """Write everything again that is on the device, which has lost it. The host knows what was where."""
+        self.tables.restore(self.store)
+        self.tokens.restore()
+        self.requests.restore()
+        self._steps.copy_(torch.arange(len(self._steps), dtype=self._steps.dtype))
+        self._batch = None
 
     @property
     def tensor_parallel(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
-from ..errors import StartupRefused
+from ..errors import EngineUnavailable, StartupRefused
 from . import adapters, compilation, loader, refusals
 from .answer import Answer, answered
 from .settings import base_fingerprint, steer_config
@@ -51,9 +51,17 @@ def steering_of(worker: Any) -> WorkerSteering:
     return found
 
 
+def _awake(worker: Any) -> WorkerSteering:
+    """Errors: `EngineUnavailable` while the weights are not in memory: reading them would end the process."""
+    steering = steering_of(worker)
+    if steering.asleep:
+        raise EngineUnavailable("the engine sleeps: wake it up first")
+    return steering
+
+
 @answered
 def steer_begin(self: Any, folder: str, digest: str) -> Answer:
-    return loader.begin(steering_of(self), folder, digest)
+    return loader.begin(_awake(self), folder, digest)
 
 
 @answered
@@ -63,7 +71,7 @@ def steer_poll(self: Any, digest: str) -> Answer:
 
 @answered
 def steer_commit(self: Any, digest: str) -> Answer:
-    return loader.commit(steering_of(self), digest)
+    return loader.commit(_awake(self), digest)
 
 
 @answered
@@ -78,11 +86,13 @@ def steer_free(self: Any, digest: str) -> Answer:
 
 @answered
 def steer_adapter(self: Any, lora_request: Any, digest: str) -> Answer:
-    return adapters.conflicts(self, steering_of(self), lora_request, digest)
+    return adapters.conflicts(self, _awake(self), lora_request, digest)
 
 
 @answered
 def steer_reproject(self: Any) -> Answer:
+    if steering_of(self).asleep:
+        return {"state": "done"}  # there are no weights: those that come are brought by a call that ends here again
     return compilation.reproject(steering_of(self), base_fingerprint(self.model_runner))
 
 
