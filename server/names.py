@@ -137,7 +137,9 @@ class Names:
 
     async def to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
         """Await work that goes on when its caller is cancelled: half a change must not stay unannounced."""
-        return await asyncio.shield(self.in_background(work))
+        task = self.in_background(work)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # a caller who left does not ask
+        return await asyncio.shield(task)
 
     async def close(self) -> None:
         """Stop what runs in the background."""
