@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -89,13 +91,14 @@ def run(
     (folder / "job.json").write_text(json.dumps(job))
     env = {**os.environ, **engine.env, **({"VLLM_PLUGINS": ""} if plain else {})}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (env.get("PYTHONPATH"), str(HERE.parent))))
-    done = subprocess.run(
-        [sys.executable, str(HERE / f"{engine.driver}.py"), str(folder / "job.json"), str(folder / "result.json")],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=420,
-        check=False,
+    command = [sys.executable, str(HERE / f"{engine.driver}.py"), str(folder / "job.json"), str(folder / "result.json")]
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert done.returncode == 0, f"{engine.name}: exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    try:
+        out, err = process.communicate(timeout=420)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its workers too, should it hang
+    assert process.returncode == 0, f"{engine.name}: exit {process.returncode}\n{out[-3000:]}\n{err[-6000:]}"
     return json.loads((folder / "result.json").read_text())

@@ -1,7 +1,7 @@
 """Faults while loading, for tests: what goes wrong is written in the name of the artifact's folder.
 
-`slow@VllmWorker-1`: reading takes a second in the process of that name (`*`: in all). Also `fail-read`, `fail-commit`,
-`die` (while reading). With this folder on PYTHONPATH, the processes of an engine do so; nothing else changes.
+`slow@VllmWorker-1`: reading takes a second in the process of that name and in those it started (`*`: in all). Also
+`fail-read`, `fail-commit`, `die` (while reading). With this folder on PYTHONPATH, the processes of an engine do so.
 """
 
 import importlib.util
@@ -17,7 +17,8 @@ LOADER = "steer_vllm.engine.loader"
 
 def fault_of(load):
     what, _, where = Path(load.folder).name.partition("@")
-    return what if where in ("*", multiprocessing.current_process().name) else None
+    here = [multiprocessing.current_process(), multiprocessing.parent_process()]
+    return what if where == "*" or where in [process.name for process in here if process] else None
 
 
 def spoil(loader):
@@ -33,9 +34,14 @@ def spoil(loader):
             return {"state": "failed", "code": "artifact_invalid", "message": "a fault on purpose"}
         return prepare(self)
 
+    def fail(*, plain=True):
+        raise MemoryError("a fault on purpose")
+
     def commit_or_not(self):
         if fault_of(self) == "fail-commit":
-            raise MemoryError("a fault on purpose")
+            self._project = fail  # before ranks add up their parts, if they do
+            if self.parts:
+                fail()
         return commit(self)
 
     loader.Load._prepare, loader.Load.commit = prepare_or_not, commit_or_not
