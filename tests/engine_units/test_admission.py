@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import threading
 from typing import Any
 
 import pytest
@@ -248,34 +246,4 @@ def test_what_vanishes_needs_no_row(admission: Admission) -> None:
     assert plan == Plan((), (), (), ())
     assert not admission.close("add"), "the request names it all the same"
     admission.release(plan)
-    assert counts(admission) == NOTHING
-
-
-def test_threads_leave_nothing() -> None:
-    """Admission runs in the input thread, release in the main loop: hammered from eight, the book is even."""
-    admission = opened(SteerConfig(additive_rows=2, low_rank_rows=2, max_rank=8))
-    failures: list[BaseException] = []
-
-    def work(worker: int) -> None:
-        draw = random.Random(worker)
-        try:
-            for _ in range(300):
-                parts = [(draw.choice(["add", "two", "both"]), draw.choice([0.5, 1.0]), draw.choice(["all", "prompt"]))
-                         for _ in range(draw.randint(1, 2))]  # fmt: skip
-                try:
-                    plan = admission.admit(asks(*parts), 5)
-                except NoRows:
-                    continue
-                admission.close("low")
-                admission.publish(SUMMARIES[2])
-                admission.release(plan)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
     assert counts(admission) == NOTHING
