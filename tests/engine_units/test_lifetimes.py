@@ -103,6 +103,14 @@ class Worker:
         ]
 
 
+PARTS = st.lists(
+    st.tuples(st.sampled_from(DIGESTS), st.sampled_from([1.0, 1.0, 2.0]), st.sampled_from(["all", "all", "prompt"])),
+    min_size=1,
+    max_size=2,
+)
+"""What a request asks for: digest, scale, positions."""
+
+
 def whole(content: Content) -> Packed:
     return compose((content_of(term.digest), term.scale) for term in content)
 
@@ -128,16 +136,7 @@ class Lifetimes(RuleBasedStateMachine):
 
     # requests
 
-    @rule(
-        name=st.sampled_from("abc"),
-        parts=st.lists(
-            st.tuples(
-                st.sampled_from(DIGESTS), st.sampled_from([1.0, 1.0, 2.0]), st.sampled_from(["all", "all", "prompt"])
-            ),
-            min_size=1,
-            max_size=2,
-        ),
-    )
+    @rule(name=st.sampled_from("abc"), parts=PARTS)
     def admit(self, name: str, parts: list[tuple[str, float, str]]) -> None:
         """In the input thread, whatever the main loop is at. Ids may come back while their first request is there."""
         components = tuple(Component(digest, scale, Positions.parse(at)) for digest, scale, at in parts)
@@ -191,19 +190,27 @@ class Lifetimes(RuleBasedStateMachine):
     @rule(data=st.data(), again=st.booleans())
     def step(self, data: st.DataObject, again: bool) -> None:
         """again: preempted requests come in anew (V2), else they are still there (V1)."""
-        for request in self.in_state("running"):
-            if data.draw(st.sampled_from([False, False, True]), label="preempt"):
-                request.state = "preempted"
-                if again:
-                    self.gone.append(request.name)
-                    request.in_worker = False
-        new = []
-        for request in self.in_state("waiting", "preempted"):
-            if data.draw(st.booleans(), label="schedule"):
-                request.state = "running"
-                if not request.in_worker:
-                    new.append(request)
-                    request.in_worker = True
+        running = self.in_state("running")
+        for request in data.draw(st.lists(st.sampled_from(running), unique=True), "preempt") if running else ():
+            request.state = "preempted"
+            if again:
+                self.gone.append(request.name)
+                request.in_worker = False
+        waiting = self.in_state("waiting", "preempted")
+        self.send(data.draw(st.lists(st.sampled_from(waiting), unique=True), "schedule") if waiting else [])
+
+    @rule(name=st.sampled_from("abc"), parts=PARTS)
+    def serve(self, name: str, parts: list[tuple[str, float, str]]) -> None:
+        """Straight through, as it is most of the time."""
+        self.admit(name, parts)
+        self.enqueue(turned_away=False)
+        self.send(self.in_state("waiting", "preempted"))
+        self.answer()
+
+    def send(self, scheduled: list[Request]) -> None:
+        new = [request for request in scheduled if not request.in_worker]
+        for request in scheduled:
+            request.state, request.in_worker = "running", True
         self.sent.append((self.gone, new, self.in_state("running")))
         self.gone = []
         while len(self.sent) > 2:
@@ -272,7 +279,7 @@ class Lifetimes(RuleBasedStateMachine):
 
 
 TestLifetimes = Lifetimes.TestCase
-TestLifetimes.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestLifetimes.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
 
 
 @pytest.fixture
