@@ -28,6 +28,15 @@ _ROWS = (
     Feature(
         "mixed batches, compositions, scales and positions of one's own", SUPPORTED, "tests/engine/test_exactness.py"
     ),
+    Feature("tensor parallelism", SUPPORTED, "tests/engine/test_parallel.py"),
+    Feature("pipeline parallelism", SUPPORTED, "tests/engine/test_parallel.py"),
+    Feature("data parallelism with internal load balancing", SUPPORTED, "tests/engine/test_parallel.py"),
+    Feature("preemption and resume", SUPPORTED, "tests/engine/test_lifetimes.py"),
+    Feature(
+        "unload, replace and abort while requests wait, run or are preempted",
+        SUPPORTED,
+        "tests/engine/test_lifetimes.py",
+    ),
     Feature("prefix caching", SUPPORTED, "tests/engine/test_prefix_cache.py"),
     Feature("async scheduling", SUPPORTED, "tests/engine/test_prefix_cache.py"),
     Feature("multi-modal models with causal attention, with pictures", SUPPORTED, "tests/engine/test_multimodal.py"),

@@ -16,6 +16,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import REGISTRY
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -34,10 +35,26 @@ from steer_vllm.request import EXTRA_ARG, bind, parse
 class Steps:
     """What a job can do with an engine."""
 
-    def __init__(self, llm: AsyncLLM) -> None:
+    def __init__(self, llm: AsyncLLM, config: SteerConfig) -> None:
         self.llm = llm
+        self.config = config
         self.engine = AsyncEngine(llm)
         self.catalog = Catalog()
+        self.arriving = 0
+        """Requests that have chosen their content and are not yet sent: a server holds it for them."""
+        self._add, llm.add_request = llm.add_request, self._sent
+
+    async def _sent(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await self._add(*args, **kwargs)
+        finally:
+            self.arriving -= 1
+
+    async def free(self, digest: str) -> bool:
+        """Once all that arrive are sent."""
+        while self.arriving:
+            await asyncio.sleep(0.002)
+        return await self.engine.unload(digest)
 
     async def attempt(self, step: dict[str, Any]) -> Any:
         started = time.monotonic()
@@ -54,10 +71,18 @@ class Steps:
         self.catalog.publish(Entry.of(step["name"], step["folder"], intervention, summary))
         return {"digest": intervention.digest}
 
+    async def do_replace(self, step: dict[str, Any]) -> Any:
+        """A name gets other content; the former is freed when nobody uses it."""
+        before = self.catalog.get(step["name"]).digest
+        await self.do_load(step)
+        while not await self.free(before):
+            await asyncio.sleep(0.02)
+        return {}
+
     async def do_unload(self, step: dict[str, Any]) -> Any:
         """Until it is free, as the server does; "wait": false asks once."""
         digest = self.catalog.withdraw(step["name"]).digest
-        while not (freed := await self.engine.unload(digest)) and step.get("wait", True):
+        while not (freed := await self.free(digest)) and step.get("wait", True):
             await asyncio.sleep(0.02)
         return {"freed": freed}
 
@@ -73,13 +98,22 @@ class Steps:
         return await asyncio.gather(*(self.generate(request) for request in step["requests"]))
 
     async def generate(self, request: dict[str, Any], started: asyncio.Event | None = None) -> Any:
-        """One request; "abort_after": the caller goes away after that many tokens. started: set at the second token."""
-        facts = await self.engine.facts()
-        steering = bind(parse(request.get("interventions") or []), self.catalog.get, facts.config)
+        """One request; the caller goes away "abort_after" so many tokens, or "leave_after" so many seconds.
+
+        started: set at the second token.
+        """
+        try:
+            return await asyncio.wait_for(self._generate(request, started), request.get("leave_after"))
+        except asyncio.TimeoutError:
+            return {"left": True}
+
+    async def _generate(self, request: dict[str, Any], started: asyncio.Event | None) -> Any:
+        steering = bind(parse(request.get("interventions") or []), self.catalog.get, self.config)
         extra = {EXTRA_ARG: steering.to_wire()} if steering else None
         values = {"temperature": 0, "logprobs": 1, "ignore_eos": True, **request.get("params", {})}
         params = SamplingParams(**values, extra_args=extra)
         prompt = {"prompt_token_ids": request["tokens"]}
+        self.arriving += 1
         answers = self.llm.generate(prompt, params, str(uuid.uuid4()), data_parallel_rank=request.get("rank"))
         output = None
         async for output in answers:
@@ -137,6 +171,11 @@ class Steps:
         await self.llm.resume_generation()
         return {"paused": await self.llm.is_paused()}
 
+    async def do_preemptions(self, step: dict[str, Any]) -> Any:
+        """How many there were."""
+        metrics = [metric for metric in REGISTRY.collect() if metric.name == "vllm:num_preemptions"]
+        return sum(sample.value for metric in metrics for sample in metric.samples if sample.name.endswith("_total"))
+
     async def do_kill(self, step: dict[str, Any]) -> Any:
         """Kill the process of an engine, without a word."""
         manager = self.llm.engine_core.resources.engine_manager
@@ -154,7 +193,7 @@ async def main(job: dict[str, Any]) -> list[Any]:
     arguments = AsyncEngineArgs(model=job["model"], additional_config={KEY: entry(config)}, **job["llm"])
     llm = AsyncLLM.from_engine_args(arguments)
     try:
-        steps = Steps(llm)
+        steps = Steps(llm, config)
         return [await steps.attempt(step) for step in job["steps"]]
     finally:
         llm.shutdown()

@@ -39,7 +39,7 @@ def spoil(loader):
 
     def commit_or_not(self):
         if fault_of(self) == "fail-commit":
-            self._project = fail  # before ranks add up their parts, if they do
+            self.compilation.project = fail  # before ranks add up their parts, if they do
             if self.parts:
                 fail()
         return commit(self)

@@ -1,0 +1,141 @@
+"""What a core that is built like vLLM's does with requests: each is pinned once, and released once however it ends."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from steer_vllm.config import SteerConfig
+from steer_vllm.engine import core as module
+from steer_vllm.engine.settings import KEY, entry
+from steer_vllm.errors import ArtifactInvalid, SteerError, Unsupported
+from steer_vllm.plan import PartSummary, Plan, Summary
+from steer_vllm.positions import Positions
+from steer_vllm.request import EXTRA_ARG, Steering
+from steer_vllm.segments import Component
+
+D = "d" * 64
+
+
+class Params:
+    """Sampling parameters, as far as the core looks at them."""
+
+    def __init__(self, digest: str | None = D) -> None:
+        steering = Steering((Component(digest, 1.0, Positions.parse("all")),)) if digest else None
+        self.extra_args: dict[str, Any] | None = {EXTRA_ARG: steering.to_wire()} if steering else None
+
+
+def request(request_id: str = "r", digest: str | None = D, **more: Any) -> Any:
+    base = {"request_id": request_id, "sampling_params": Params(digest), "prompt_token_ids": [1, 2, 3]}
+    return SimpleNamespace(**{**base, "prompt_embeds": None, "lora_request": None, **more})
+
+
+@pytest.fixture
+def core() -> Any:
+    """A core with one content loaded; `fails` makes building a request fail, `closed` turns requests away."""
+
+    class Scheduler:
+        def _free_request(self, request: Any, delay_free_blocks: bool = False) -> None: ...
+
+    class Core:
+        fails = closed = False
+
+        def __init__(self) -> None:
+            config = SteerConfig(additive_rows=1, low_rank_rows=1)
+            self.vllm_config = SimpleNamespace(
+                additional_config={KEY: entry(config)}, model_config=SimpleNamespace(dtype=torch.float32)
+            )
+            self.scheduler = Scheduler()
+
+        def preprocess_add_request(self, request: Any) -> tuple[Any, int]:
+            if self.fails:
+                raise ValueError("a grammar that cannot be compiled")
+            return request, 0
+
+        def _reject_add_in_shutdown(self, request: Any) -> bool:
+            return self.closed
+
+    module._patch_preprocess(Core)
+    module._patch_reject(Core, "_reject_add_in_shutdown")
+    module._patch_free(Scheduler)
+    made = Core()
+    admission = module._admission(made)
+    assert admission is not None
+    admission.publish(Summary(D, (PartSummary(True, 0, 1.0),)))
+    return made
+
+
+def pinned(core: Any) -> int:
+    return core.steering.facts()["pinned"]  # type: ignore[no-any-return]
+
+
+def test_from_arrival_to_its_end(core: Any) -> None:
+    given = request()
+    params = given.sampling_params
+    taken, _ = core.preprocess_add_request(given)
+    assert isinstance(module.plan_of(taken.sampling_params), Plan)
+    assert isinstance(params.extra_args[EXTRA_ARG], str), "the caller's parameters stay as they were"
+    assert pinned(core) == 1
+    assert not core._reject_add_in_shutdown(taken)
+    core.scheduler._free_request(taken, delay_free_blocks=True)
+    assert pinned(core) == 0
+    core.scheduler._free_request(taken)
+
+
+def test_base_requests_hold_nothing(core: Any) -> None:
+    taken, _ = core.preprocess_add_request(request(digest=None))
+    assert module.plan_of(taken.sampling_params) is None
+    assert pinned(core) == 0
+    core.closed = True
+    assert core._reject_add_in_shutdown(taken)
+    core.scheduler._free_request(taken)
+
+
+def test_what_vllm_cannot_build_is_released(core: Any) -> None:
+    core.fails = True
+    with pytest.raises(ValueError, match="grammar"):
+        core.preprocess_add_request(request())
+    assert pinned(core) == 0
+
+
+def test_what_is_turned_away_is_released(core: Any) -> None:
+    taken, _ = core.preprocess_add_request(request())
+    core.closed = True
+    assert core._reject_add_in_shutdown(taken)
+    assert pinned(core) == 0
+
+
+def test_a_second_request_of_an_id_takes_nothing_from_the_first(core: Any) -> None:
+    """Invariant: nothing is freed while a running request needs it: the second is turned away, the first still runs."""
+    first, _ = core.preprocess_add_request(request("same"))
+    second, _ = core.preprocess_add_request(request("same"))
+    core.closed = True
+    core._reject_add_in_shutdown(second)
+    assert pinned(core) == 1
+    assert not core.steering.close(D)
+    core.scheduler._free_request(first)
+    assert core.steering.close(D)
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        (request(digest="f" * 64), ArtifactInvalid),
+        (request(resumable=True), Unsupported),
+        (request(sampling_params=SimpleNamespace(extra_args={EXTRA_ARG: "{}"})), SteerError),
+    ],
+)
+def test_what_is_refused_holds_nothing(core: Any, asked: Any, error: type[SteerError]) -> None:
+    with pytest.raises(error):
+        core.preprocess_add_request(asked)
+    assert pinned(core) == 0
+
+
+def test_an_engine_without_steering_refuses(core: Any) -> None:
+    core.vllm_config.additional_config = {}
+    del core.steering
+    with pytest.raises(Unsupported, match="without steering"):
+        core.preprocess_add_request(request())
