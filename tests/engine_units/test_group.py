@@ -105,12 +105,12 @@ FATES = st.dictionaries(
 
 @given(engines=st.integers(1, 3), fates=FATES)
 def test_any_faults_while_loading(engines: int, fates: dict[int, str]) -> None:
-    """The engines agree when the cleaning up gets through, which two lost calls can prevent."""
+    """The engines agree when the cleaning up gets through, which a call that is lost after another fault can prevent."""
     client = Client(engines, lambda call, engine: fates.get(call))
     found = run(client, "load", "folder", D)
     if not isinstance(found, BaseException):
         assert held(client) == ["open"] * engines
-    elif sum(fate.startswith("lost") for fate in fates.values()) < 2:
+    elif len(fates) < 2 or not any(fate.startswith("lost") for fate in fates.values()):
         assert held(client) == ["absent"] * engines
     client.fate = lambda call, engine: None
     assert run(client, "load", "folder", D).digest == D
