@@ -105,7 +105,7 @@ FATES = st.dictionaries(
 
 @given(engines=st.integers(1, 3), fates=FATES)
 def test_any_faults_while_loading(engines: int, fates: dict[int, str]) -> None:
-    """The engines agree when the cleaning up gets through, which a call that is lost after another fault can prevent."""
+    """The engines agree when the cleaning up gets through: a call that is lost after another fault can prevent it."""
     client = Client(engines, lambda call, engine: fates.get(call))
     found = run(client, "load", "folder", D)
     if not isinstance(found, BaseException):
