@@ -24,13 +24,17 @@ _SHAPES = {
     "num_heads": ("num_attention_heads", "n_head"),
     "vocab_size": ("vocab_size",),
 }
+_HEAD_DIM = ("v_head_dim", "head_dim", "attention_head_dim")
+"""A head puts out as many values as its value vectors have: in latent attention (DeepSeek) fewer than its queries."""
 _SAMPLE = 64
 """Values read from the middle of each weight matrix: a few hundred KB of an 8B model, different after any training."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Shapes and weight digest of a base model. `weights` is None where there are no weight files (random weights)."""
+    """Shapes and weight digest of a base model. head_dim: values that a head puts out, before the output projection.
+    `weights` is None where there are no weight files (random weights).
+    """
 
     hidden_size: int
     num_layers: int
@@ -55,7 +59,8 @@ class Fingerprint:
             raise ArtifactInvalid(f"{root / 'config.json'}: expected a JSON object, got {type(config).__name__}")
         config = {**config, **(config.get("text_config") or {})}
         shapes = {name: _first(config, keys, root) for name, keys in _SHAPES.items()}
-        head_dim = config.get("head_dim") or shapes["hidden_size"] // shapes["num_heads"]
+        head_dim = next((config[key] for key in _HEAD_DIM if config.get(key)), None)
+        head_dim = head_dim or shapes["hidden_size"] // shapes["num_heads"]
         return cls(**shapes, head_dim=int(head_dim), weights=_weights_digest(root) if weights else None)
 
     @classmethod

@@ -101,7 +101,7 @@ class _Rows:
         weight = steering.weight
         self._largest = torch.finfo(weight.dtype).max
         compiled = {item.digest: item.compile(steering.project) for item in interventions}
-        used = sorted({place.layer for parts in compiled.values() for edits in parts for place in edits})
+        used = {place for parts in compiled.values() for edits in parts for place in edits}
         self._layout = Layout.of(used, weight.shape[0], _EVERYTHING)
         self._store = {
             (digest, part): pack(edits, self._layout, weight.dtype, digest)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,51 +16,47 @@ from torch.nn import functional
 
 from .edit import Edits, LowRank, Place, Site
 from .errors import Unsupported
+from .layer import LayerModules, modules
 from .ops import reference
 from .plan import Placement
 
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "proj")
 _ATTENTIONS = ("self_attn", "self_attention", "attention", "attn")
-_MLPS = ("mlp", "block_sparse_moe", "feed_forward", "moe")
-
-
-@dataclass(frozen=True)
-class LayerModules:
-    """The modules of one decoder layer that carry the three sites."""
-
-    projection: nn.Module
-    mlp: nn.Module
-    block: nn.Module
+_MLPS = ("mlp", "block_sparse_moe", "shared_mlp", "feed_forward", "moe", "fc2")
+"""OPT has no module around its MLP: `fc2` gives its output."""
 
 
 def find_layers(model: nn.Module) -> list[LayerModules]:
-    """The decoder layers, found by structure. Errors: `Unsupported` when a layer lacks one of the three modules."""
-    decoder = getattr(model, "get_decoder", None)  # the language model of a multi-modal one
-    lists = [
-        module
-        for module in (model if decoder is None else decoder()).modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    ]
-    decoders = [layers for layers in lists if all(_child(layer, _ATTENTIONS) is not None for layer in layers)]
-    if not decoders:
+    """The decoder layers, found by structure; a layer may lack a site.
+
+    Errors: `Unsupported` when there are none.
+    """
+    text = getattr(model, "get_decoder", None)  # the language model of a multi-modal one
+    lists = [module for module in (model if text is None else text()).modules() if isinstance(module, nn.ModuleList)]
+    decoder = max(lists, key=lambda layers: sum(bool(_children(layer, _ATTENTIONS)) for layer in layers), default=())
+    if not any(_children(layer, _ATTENTIONS) for layer in decoder):
         raise Unsupported(f"no decoder layers were found in {type(model).__name__}")
-    longest = max(decoders, key=len)
-    return [_modules(layer, i) for i, layer in enumerate(longest)]
+    return [modules(layer, _projection(layer), _mlp(layer)) for layer in decoder]
 
 
-def _modules(layer: nn.Module, index: int) -> LayerModules:
-    attention, mlp = _child(layer, _ATTENTIONS), _child(layer, _MLPS)
-    projection = _child(attention, _PROJECTIONS) if attention is not None else None
-    if projection is None or mlp is None:
-        missing = "attention output projection" if projection is None else "MLP"
-        raise Unsupported(f"layer {index} ({type(layer).__name__}) has no {missing} under a known name")
-    return LayerModules(projection, mlp, layer)
+def _projection(layer: nn.Module) -> nn.Module | str:
+    attentions = _children(layer, _ATTENTIONS)
+    if not attentions:
+        return "it has no attention with heads"
+    projections = [found for attention in attentions.values() for found in _children(attention, _PROJECTIONS).values()]
+    return projections[0] if len(projections) == 1 else f"{len(projections)} output projections under a known name"
 
 
-def _child(module: nn.Module, names: Sequence[str]) -> nn.Module | None:
-    children = dict(module.named_children())
-    return next((children[name] for name in names if name in children), None)
+def _mlp(layer: nn.Module) -> nn.Module | str:
+    mlps = _children(layer, _MLPS)
+    if len(mlps) == 1:
+        return next(iter(mlps.values()))
+    return f"more than one module adds to it: {', '.join(mlps)}" if mlps else "it has no MLP under a known name"
+
+
+def _children(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    return {name: child for name, child in module.named_children() if name in names}
 
 
 class Steering:
@@ -69,26 +64,39 @@ class Steering:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = find_layers(model)
-        for index in range(len(self.layers)):
-            self._projection(index)
+        attention = next((i for i, layer in enumerate(self.layers) if layer.projection is not None), 0)
+        self.weight = self._projection(attention)
+        """An output projection's weight, [hidden, ...]: tells the model's dtype and device."""
         self._additive: dict[Place, torch.Tensor] = {}
         self._low_rank: dict[Place, LowRank] = {}
         self._tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """An output projection's weight, [hidden, ...]: tells the model's dtype and device."""
-        return self._projection(0)
+    def module(self, place: Place) -> nn.Module:
+        """The module of a place. Errors: `Unsupported` when the layer has none."""
+        layer = self.layers[place.layer]
+        if place.site in layer.missing:
+            raise Unsupported(
+                f"layer {place.layer} ({type(layer.block).__name__}) has no {place.site.value}: "
+                f"{layer.missing[place.site]}"
+            )
+        return layer.sites[place.site]
 
     def project(self, layer: int, heads: torch.Tensor) -> torch.Tensor:
-        """W_o z without bias, in float32 at least: [num_heads * head_dim] -> [hidden]."""
+        """W_o z without bias, in float32 at least: [num_heads * head_dim] -> [hidden].
+
+        Errors: `Unsupported` when the layer has heads of another number or size.
+        """
         weight = self._projection(layer)
+        if heads.numel() != weight.shape[1]:
+            raise Unsupported(
+                f"layer {layer}: {heads.numel()} head values, its output projection takes {weight.shape[1]}"
+            )
         exact = torch.promote_types(weight.dtype, torch.float32)
         return functional.linear(heads.to(weight.device, exact), weight.to(exact))
 
     def _projection(self, layer: int) -> torch.Tensor:
         """W_o of a layer: [hidden, num_heads * head_dim]. Errors: `Unsupported` when it is quantised or packed."""
-        module = self.layers[layer].projection
+        module = self.module(Place(layer, Site.ATTENTION_OUTPUT))
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.dtype not in _PLAIN or weight.dim() != 2:
             raise Unsupported(f"layer {layer}: the weight of {type(module).__name__} is no plain matrix")
@@ -97,6 +105,8 @@ class Steering:
     def set_rows(self, rows: Sequence[Edits]) -> None:
         """Let row i + 1 of the tables be `rows[i]`, row 0 the identity. Gradients flow into the edits."""
         places = sorted({place for edits in rows for place in edits})
+        for place in places:
+            self.module(place)
         self._additive = {
             place: _stack([edits[place].offset if place in edits else None for edits in rows], self.weight)
             for place in places
@@ -131,11 +141,7 @@ class Steering:
         """Edits are applied inside, the model is untouched after."""
         with ExitStack() as hooks:
             for index, layer in enumerate(self.layers):
-                for site, module in (
-                    (Site.ATTENTION_OUTPUT, layer.projection),
-                    (Site.MLP_OUTPUT, layer.mlp),
-                    (Site.BLOCK_OUTPUT, layer.block),
-                ):
+                for site, module in layer.sites.items():
                     handle = module.register_forward_hook(self._hook(Place(index, site)))
                     hooks.callback(handle.remove)
             try:

@@ -26,13 +26,13 @@ class Layout:
     low_rank: tuple[Place, ...]
 
     @classmethod
-    def of(cls, layers: Iterable[int], hidden_size: int, config: SteerConfig) -> Layout:
-        """Every configured site of the given layers."""
-        layers = tuple(layers)
+    def of(cls, places: Iterable[Place], hidden_size: int, config: SteerConfig) -> Layout:
+        """Those of the given places whose site is configured; a layer may lack a site."""
+        places = sorted(places)
         return cls(
             hidden_size=hidden_size,
-            additive=tuple(Place(layer, site) for layer in layers for site in config.additive_sites),
-            low_rank=tuple(Place(layer, site) for layer in layers for site in config.low_rank_sites),
+            additive=tuple(place for place in places if place.site in config.additive_sites),
+            low_rank=tuple(place for place in places if place.site in config.low_rank_sites),
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..edit import Place, Site
 from ..errors import ArtifactInvalid, UserError
 from ..fingerprint import Fingerprint
 from ..head_set import Head, HeadSet
@@ -52,8 +53,9 @@ class Scaling(Learned):
         self, steering: Steering, attention_mask: torch.Tensor, prompt_lengths: Sequence[int]
     ) -> Iterator[None]:
         with ExitStack() as hooks:
-            for layer, A in zip(steering.layers, self.scaling, strict=True):
-                handle = layer.projection.register_forward_pre_hook(_scale(A.flatten()))
+            for layer, A in enumerate(self.scaling):
+                projection = steering.module(Place(layer, Site.ATTENTION_OUTPUT))
+                handle = projection.register_forward_pre_hook(_scale(A.flatten()))
                 hooks.callback(handle.remove)
             yield
 
@@ -112,7 +114,7 @@ def head_output(base: Base, data: Sequence[Encoded], heads: tuple[Head, ...]) ->
 
     with ExitStack() as hooks:
         for index, layer in enumerate(find_layers(base.model)):
-            if any(at == index for at, _ in heads):
+            if layer.projection is not None and any(at == index for at, _ in heads):
                 hooks.callback(layer.projection.register_forward_pre_hook(keep(index)).remove)
         for item in data:
             base.model(input_ids=torch.tensor([item.ids], device=base.model.device), use_cache=False)

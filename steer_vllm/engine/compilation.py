@@ -25,12 +25,14 @@ class Compilation:
     """heads: layer -> [num_heads * head_dim] before the projection; projected: layer -> this rank's part, [hidden]."""
 
     def __init__(self, steering: WorkerSteering, intervention: Intervention, where: str) -> None:
+        """Errors: `ArtifactInvalid` when a layer of this rank lacks a site that is edited."""
         self.intervention = intervention
         self.heads: dict[int, torch.Tensor] = {}
         self.projected: dict[int, torch.Tensor] = {}
         self._steering = steering
         self._where = where
-        intervention.compile(self._collect)
+        for edits in intervention.compile(self._collect):
+            steering.binding.check(edits, where)
 
     def project(self, *, plain: bool) -> None:
         """This rank's parts of W_o z; zero for layers of other ranks.
@@ -82,7 +84,7 @@ class Compilation:
     def _pack(self, projected: Mapping[int, torch.Tensor]) -> tuple[Packed, ...]:
         steering = self._steering
         parts = self.intervention.compile(lambda layer, heads: projected[layer])
-        packed = (pack(edits, steering.layout, steering.dtype, self._where) for edits in parts)
+        packed = (pack(steering.binding.share(edits), steering.layout, steering.dtype, self._where) for edits in parts)
         return tuple(part.pinned() if steering.device.type == "cuda" else part for part in packed)
 
 

@@ -1,175 +1,134 @@
-"""The decoder layers of a vLLM model: found by structure, wrapped so that they apply the edit.
+"""The decoder layers of a vLLM model and the modules that carry their sites, found by structure.
 
-Wrapping replaces `forward` on the module, after the weights are loaded and before the first forward, so that
-torch.compile traces the edit and CUDA graphs capture it. There is no list of architectures: what cannot be bound
-refuses to start. It does not know where rows and tables come from.
+There is no list of architectures. What is not there, or not there once, is named with its reason; whether that refuses
+anything is decided elsewhere (`binding`). It does not know edits or tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..edit import Place, Site
+from ..edit import Site
 from ..errors import StartupRefused
-from ..ops import custom, reference
-from ..slots import SlotTables, TokenSlots
-
-
-@dataclass(frozen=True)
-class LayerModules:
-    """The modules of one decoder layer that carry the three sites; no MLP where none was found."""
-
-    projection: nn.Module
-    mlp: nn.Module | None
-    block: nn.Module
+from ..layer import LayerModules, modules
 
 
 def find_layers(model: nn.Module) -> dict[int, LayerModules]:
     """The decoder layers of this rank by their number in the whole model (others are placeholders under pipelining).
 
-    In a multi-modal model, those of its language model. Errors: `StartupRefused` naming the layer that could not be
-    bound.
+    In a multi-modal model, those of its language model. Errors: `StartupRefused` when there are none.
     """
     from vllm.model_executor.models.utils import PPMissingLayer
 
     language_model = getattr(model, "get_language_model", None)
     decoder_model = model if language_model is None else language_model()
     lists = [module for module in decoder_model.modules() if isinstance(module, nn.ModuleList)]
-    decoder = max(lists, key=lambda layers: sum(map(_has_attention, layers)), default=nn.ModuleList())
+    decoder = max(lists, key=lambda layers: sum(map(_mixes, layers)), default=nn.ModuleList())
     layers = {i: layer for i, layer in enumerate(decoder) if not isinstance(layer, PPMissingLayer)}
-    if not any(map(_has_attention, layers.values())):
+    if not any(map(_mixes, layers.values())):
         raise StartupRefused(f"no decoder layers with attention were found in {type(model).__name__}")
-    return {index: _modules(index, layer) for index, layer in layers.items()}
+    return _own({index: _modules(layer) for index, layer in layers.items()})
 
 
-def _modules(index: int, layer: nn.Module) -> LayerModules:
-    where = f"layer {index} ({type(layer).__name__})"
-    attentions = [child for child in layer.children() if _has_attention(child)]
-    if len(attentions) != 1:
-        raise StartupRefused(f"{where}: expected one attention module, found {len(attentions)}")
-    projections = [module for module in attentions[0].modules() if _is_row_parallel(module)]
+def is_whole(model: nn.Module) -> bool:
+    """Whether no part of the model is on other pipeline ranks."""
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    return not any(isinstance(module, PPMissingLayer) for module in model.modules())
+
+
+def base_layer(module: nn.Module) -> Any:
+    """The linear layer itself, where LoRA has wrapped it."""
+    return getattr(module, "base_layer", module)
+
+
+def _modules(layer: nn.Module) -> LayerModules:
+    children = dict(layer.named_children())
+    attentions = {name: child for name, child in children.items() if _attends(child)}
+    others = {name: child for name, child in children.items() if not _mixes(child) and _computes(child)}
+    return modules(layer, _projection(children, attentions), _mlp(others))
+
+
+def _projection(children: dict[str, nn.Module], attentions: dict[str, nn.Module]) -> nn.Module | str:
+    """The one output projection of the one attention, or why it is not there."""
+    if not attentions:
+        mixers = [f"{name} ({type(child).__name__})" for name, child in children.items() if _mixes(child)]
+        return f"{' and '.join(mixers) or 'the layer'} is no attention with heads"
+    if len(attentions) > 1:
+        return f"more than one attention module: {', '.join(attentions)}"
+    ((name, attention),) = attentions.items()
+    projections = [module for module in attention.modules() if _is_row_parallel(module)]
     outer = [p for p in projections if not any(p is not q and p in list(q.modules()) for q in projections)]
-    if len(outer) != 1:
-        raise StartupRefused(f"{where}: expected one attention output projection, found {len(outer)}")
-    mlps = [
-        child
-        for child in layer.children()
-        if child is not attentions[0] and any(_is_row_parallel(m) or _is_experts(m) for m in child.modules())
-    ]
-    return LayerModules(outer[0], mlps[0] if len(mlps) == 1 else None, layer)
+    return outer[0] if len(outer) == 1 else f"{name} has {len(outer)} row-parallel output projections, expected one"
 
 
-def _has_attention(module: nn.Module) -> bool:
+def _mlp(candidates: dict[str, nn.Module]) -> nn.Module | str:
+    """The one module beside the attention that ends in a projection, or why there is none."""
+    if len(candidates) == 1:
+        return next(iter(candidates.values()))
+    return f"more than one module adds to it: {', '.join(candidates)}" if candidates else "the layer has no MLP"
+
+
+def _own(layers: dict[int, LayerModules]) -> dict[int, LayerModules]:
+    """A module that several layers run (shared blocks of Zamba2) would mix up their edits: no site of any of them."""
+    uses = Counter(id(module) for layer in layers.values() for module in layer.sites.values())
+    shared = "its module is shared with other layers"
+    return {
+        index: LayerModules(
+            sites={site: module for site, module in layer.sites.items() if uses[id(module)] == 1},
+            missing={**layer.missing, **{site: shared for site, m in layer.sites.items() if uses[id(m)] > 1}},
+        )
+        for index, layer in layers.items()
+    }
+
+
+def _mixes(module: nn.Module) -> bool:
+    """Mixes tokens: attention, or a recurrence (Mamba, short convolutions, linear attention)."""
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
     return any(isinstance(child, AttentionLayerBase) for child in module.modules())
 
 
+def _attends(module: nn.Module) -> bool:
+    """Mixes tokens by heads whose outputs a projection adds up, and by nothing else."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+
+    mixers = [child for child in module.modules() if isinstance(child, AttentionLayerBase)]
+    return bool(mixers) and not any(isinstance(mixer, MambaBase) for mixer in mixers)
+
+
+def _computes(module: nn.Module) -> bool:
+    return any(_is_row_parallel(child) or is_experts(child) for child in module.modules())
+
+
 def _is_row_parallel(module: nn.Module) -> bool:
     """RowParallelLinear or a LoRA wrapper of one."""
-    return hasattr(getattr(module, "base_layer", module), "input_size_per_partition") and hasattr(
-        getattr(module, "base_layer", module), "reduce_results"
-    )
+    base = base_layer(module)
+    return hasattr(base, "input_size_per_partition") and hasattr(base, "reduce_results")
 
 
-def _is_experts(module: nn.Module) -> bool:
+def is_experts(module: nn.Module) -> bool:
     """The part of a mixture of experts that computes; the block around it may have no linear layer of its own."""
     return "MoERunnerInterface" in {kind.__name__ for kind in type(module).__mro__}
 
 
-def _bind(module: nn.Module, place: Place, tables: SlotTables, slots: TokenSlots) -> None:
-    """Hang what the edit reads on the module as buffers, which torch.compile takes as inputs of its graph."""
-    additive = tables.additive_at(place) if place in tables.layout.additive else None
-    low_rank = tables.low_rank_at(place) if place in tables.layout.low_rank else None
-    buffers = {
-        "steer_additive": additive,
-        "steer_A": low_rank.A if low_rank else None,
-        "steer_B": low_rank.B if low_rank else None,
-        "steer_c": low_rank.c if low_rank else None,
-        "steer_additive_rows": slots.additive,
-        "steer_low_rank_rows": slots.low_rank,
-        "steer_scales": slots.scales,
-    }
-    for name, tensor in buffers.items():
-        module.register_buffer(name, tensor, persistent=False)
-    module.steer_hidden_size = tables.layout.hidden_size  # type: ignore[assignment]
+def share_of(layer: LayerModules, site: Site) -> int | None:
+    """This rank's number where each tensor-parallel rank holds a share of the site's output; None where it is whole.
 
-
-def _apply(module: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """y plus the edit of x. Both [tokens, hidden], or [1, tokens, hidden] in the transformers backend.
-
-    Errors, while vLLM profiles or traces the model at start-up: `StartupRefused` for any other shape.
+    The shares of parallel blocks (Falcon, Command-R) are summed further on: one reduction serves attention and MLP. A
+    mixture of experts reduces in its own block, or leaves it to the layer as the attention beside it does.
     """
-    if y.dim() not in (2, 3) or (y.dim() == 3 and y.shape[0] != 1) or y.shape[-1] != module.steer_hidden_size:
-        raise StartupRefused(f"{type(module).__name__} returns {list(y.shape)}, expected one row per token")
-    tokens = y.shape[-2]
-    scales = module.steer_scales[:tokens]
-    edited = y
-    if module.steer_additive is not None:
-        edited = reference.additive(edited, module.steer_additive_rows[:tokens], scales, module.steer_additive)
-    if module.steer_A is not None:
-        flat, rows = x.reshape(tokens, x.shape[-1]), module.steer_low_rank_rows[:tokens]
-        delta = custom.low_rank(flat, rows, scales, module.steer_A, module.steer_B, module.steer_c)
-        edited = edited + delta.view_as(y)
-    return edited
+    projection, mlp = layer.projection, layer.mlp
+    if site is Site.MLP_OUTPUT and mlp is not None and not any(map(is_experts, mlp.modules())):
+        ends = [base_layer(module) for module in mlp.modules() if _is_row_parallel(module)]
+    else:
+        ends = [base_layer(projection)] if projection is not None else []
+    return None if site is Site.BLOCK_OUTPUT else next((int(end.tp_rank) for end in ends if _keeps_share(end)), None)
 
 
-def wrap(layers: dict[int, LayerModules], tables: SlotTables, slots: TokenSlots) -> None:
-    """Make every configured site of these layers apply its table.
-
-    Errors: `StartupRefused` when a configured site has no module.
-    """
-    for index, layer in layers.items():
-        sites: dict[Site, tuple[nn.Module | None, Callable[[nn.Module, Any], Any]]] = {
-            Site.ATTENTION_OUTPUT: (layer.projection, _edit_output),
-            Site.MLP_OUTPUT: (layer.mlp, _edit_output),
-            Site.BLOCK_OUTPUT: (layer.block, _edit_block),
-        }
-        for site, (module, edit) in sites.items():
-            place = Place(index, site)
-            if place not in tables.layout.additive and place not in tables.layout.low_rank:
-                continue
-            if module is None:
-                raise StartupRefused(f"layer {index} ({type(layer.block).__name__}): {site.value} could not be bound")
-            _bind(module, place, tables, slots)
-            _replace_forward(module, edit)
-
-
-def _replace_forward(module: nn.Module, edit: Callable[[nn.Module, Any], Any]) -> None:
-    """Ledger: replaces `forward` of one module instance.
-
-    Why: hooks are skipped when a module's forward is called directly, and torch.compile guards on them unreliably.
-    Since 0.26. Can go when vLLM offers an edit point per layer.
-    """
-    inner = module.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return edit(module, inner(*args, **kwargs))
-
-    module.forward = forward
-
-
-def _edit_output(module: nn.Module, output: Any) -> Any:
-    """A linear layer's or MLP's output: the tensor, or a tuple that starts with it."""
-    if isinstance(output, tuple):
-        return (_apply(module, output[0], output[0]), *output[1:])
-    return _apply(module, output, output)
-
-
-def _edit_block(module: Any, output: Any) -> Any:
-    """A decoder layer's output: hidden, or (hidden, residual) whose sum is the residual stream (fused norms).
-
-    The edit joins the residual, which the next fused norm adds to hidden.
-    """
-    if isinstance(output, torch.Tensor):
-        return _apply(module, output, output)
-    if isinstance(output, tuple) and len(output) == 2 and all(isinstance(part, torch.Tensor) for part in output):
-        hidden, residual = output
-        x = residual if module.steer_A is None else hidden + residual
-        return hidden, _apply(module, x, residual)
-    raise StartupRefused(f"a decoder layer returned {type(output).__name__}, expected hidden or (hidden, residual)")
+def _keeps_share(base: Any) -> bool:
+    return base.tp_size > 1 and not base.reduce_results

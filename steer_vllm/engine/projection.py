@@ -11,19 +11,20 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..errors import ArtifactInvalid, StartupRefused
+from ..errors import ArtifactInvalid
+from .layers import base_layer
+
+_AT_ONCE = 256
+"""Inputs in one call of a quantised layer."""
 
 
 class OutputProjection:
     """W_o of one layer, this rank's columns."""
 
     def __init__(self, module: nn.Module, layer: int) -> None:
-        self.base: Any = getattr(module, "base_layer", module)
         self._module: Any = module
-        if self.base.tp_size > 1 and not self.base.reduce_results:
-            raise StartupRefused(
-                f"layer {layer}: the attention output projection leaves partial sums under tensor parallelism"
-            )
+        self.base: Any = base_layer(module)
+        self.layer = layer
 
     @property
     def plain(self) -> bool:
@@ -31,6 +32,11 @@ class OutputProjection:
         return _is_plain(
             getattr(self.base, "weight", None), (self.base.output_size, self.base.input_size_per_partition)
         )
+
+    @property
+    def quantised(self) -> bool:
+        """Whether vLLM computes it from rounded weights or inputs."""
+        return "Unquantized" not in type(self.base.quant_method).__name__
 
     def adapted(self, slot: int) -> bool:
         """Whether the LoRA in that slot of vLLM's tables changes W_o."""
@@ -41,21 +47,31 @@ class OutputProjection:
     def __call__(self, heads: torch.Tensor) -> torch.Tensor:
         """This rank's part of W_o z, without bias: [num_heads * head_dim] -> [hidden]; ranks add up to the whole.
 
-        In float32 where the weight is a plain matrix, else in whatever precision the layer's own method has.
+        In float32 where the weight is a plain matrix. A quantised or packed one is read through the layer's own method,
+        one input at a time, so that an input that the method quantises loses next to nothing: what is left is its
+        rounding of each column, and its arithmetic.
+        Errors: `ArtifactInvalid` when the layer has heads of another number or size.
         """
         width = self.base.input_size_per_partition
         if heads.numel() != width * self.base.tp_size:
-            taken = width * self.base.tp_size
-            raise ArtifactInvalid(f"head offsets of {heads.numel()} values, the output projection takes {taken}")
+            raise ArtifactInvalid(
+                f"layer {self.layer}: head offsets of {heads.numel()} values in all, its output projection takes "
+                f"{width * self.base.tp_size}: its heads are not those of the model's config"
+            )
         rank = self.base.tp_rank if self.base.tp_size > 1 else 0
         mine = heads[rank * width : (rank + 1) * width]
         weight: Any = getattr(self.base, "weight", None)
         if self.plain:
             return functional.linear(mine.to(weight.device).float(), weight.float())
-        dtype = self.base.params_dtype
         device = next(self.base.parameters()).device
-        whole: torch.Tensor = self.base.quant_method.apply(self.base, mine.to(device, dtype)[None], None)
-        return whole[0].float()
+        z = mine.to(device, torch.float32)
+        (used,) = z.nonzero(as_tuple=True)
+        whole = torch.zeros(self.base.output_size, device=device)
+        for some in used.split(_AT_ONCE):
+            single = torch.zeros(len(some), width, device=device, dtype=self.base.params_dtype)
+            single[torch.arange(len(some), device=device), some] = z[some].to(single.dtype)
+            whole += self.base.quant_method.apply(self.base, single, None).float().sum(0)
+        return whole
 
 
 def _is_plain(weight: object, shape: tuple[int, int]) -> bool:

@@ -205,19 +205,14 @@ FOUND_IN_THE_MODEL = (
         "tests/engine_units/test_layers.py",
     ),
     Finding(
-        "layers without one attention output projection",
-        "an edit could not be placed",
+        "a configured site that no layer has",
+        "an edit there could not be placed; where some layers have it, artifacts that name others are refused",
         "tests/engine_units/test_layers.py",
     ),
     Finding(
-        "a configured site that no module of a layer carries",
-        "an edit there would be dropped",
-        "tests/engine_units/test_layers.py",
-    ),
-    Finding(
-        "an output projection that leaves partial sums under tensor parallelism",
-        "every rank would add the whole offset",
-        "tests/engine_units/test_projection.py",
+        "layers that return a pair of tensors, where it is not seen which carries the residual stream",
+        "an edit of the other would be lost",
+        "tests/engine_units/test_residual.py",
     ),
     Finding(
         "hf_overrides that change the model's shapes",
@@ -225,7 +220,7 @@ FOUND_IN_THE_MODEL = (
         "tests/engine_units/test_settings.py",
     ),
 )
-"""What only the loaded model shows: refused by `layers`, `projection` and `settings`, at start-up too."""
+"""What only the loaded model shows: refused by `binding`, `wrapping` and `settings`, at start-up too."""
 
 
 def _is_vllm_class(scheduler: str | type | None) -> bool:

@@ -17,10 +17,10 @@ from ..fingerprint import Fingerprint
 from ..packed import Layout, Packed
 from ..plan import Plan
 from ..slots import RequestSlots, SlotTables, TokenSlots, staged
+from .binding import Binding
 from .compilation import Compilation
-from .layers import find_layers, wrap
-from .projection import OutputProjection
 from .settings import base_fingerprint, steer_config
+from .wrapping import wrap
 
 if TYPE_CHECKING:
     from .loader import Load
@@ -48,9 +48,9 @@ class WorkerSteering:
         self.base = base_fingerprint(vllm_config)
         self.dtype: torch.dtype = vllm_config.model_config.dtype
         self.device = device
-        layers = find_layers(model)
-        self.projections = {index: OutputProjection(layer.projection, index) for index, layer in layers.items()}
-        self.layout = Layout.of(layers, self.base.hidden_size, config)
+        self.binding = Binding(model, config)
+        self.projections = self.binding.projections
+        self.layout = Layout.of(self.binding.places, self.base.hidden_size, config)
         self.tables = SlotTables(self.layout, config, self.dtype, device)
         scheduler = vllm_config.scheduler_config
         self.tokens = TokenSlots(scheduler.max_num_batched_tokens + scheduler.max_num_seqs, device)
@@ -65,7 +65,7 @@ class WorkerSteering:
         self._rows = torch.zeros(0, dtype=torch.int64, device=device)
         self._steered = False
         self.asleep = False
-        wrap(layers, self.tables, self.tokens)
+        wrap(self.binding, self.tables, self.tokens)
 
     def restore(self) -> None:
         """Write everything again that is on the device, which has lost it. The host knows what was where."""

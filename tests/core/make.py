@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from steer_vllm import Intervention, Positions
-from steer_vllm.edit import Site
+from steer_vllm.edit import Place, Site
 from steer_vllm.fingerprint import Fingerprint
 from steer_vllm.methods import Direction, LoFiT, LoReFT
 
 BASE = Fingerprint(hidden_size=24, num_layers=3, num_heads=4, head_dim=8, vocab_size=61, weights="ab" * 32)
 """The shapes of `llama()`. Heads times head size is 32, not the hidden size: a mix-up cannot pass."""
+
+
+def places(layers: Iterable[int]) -> list[Place]:
+    """All sites of these layers."""
+    return [Place(layer, site) for layer in layers for site in Site]
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -317,8 +317,10 @@ def test_a_layer_without_a_known_projection_is_refused(model: Any) -> None:
     attention = broken.model.layers[2].self_attn
     attention.other = attention.o_proj
     del attention.o_proj
-    with pytest.raises(Unsupported, match=r"layer 2 .* no attention output projection"):
-        find_layers(broken)
+    assert sorted(find_layers(broken)[2].sites) == [Site.BLOCK_OUTPUT, Site.MLP_OUTPUT]
+    refused = r"layer 2 \(LlamaDecoderLayer\) has no attention_output: 0 output projections under a known name"
+    with pytest.raises(Unsupported, match=refused), steered(broken, lofit(((0, 0), (2, 1)))):
+        pass
 
 
 def test_a_projection_that_is_no_plain_matrix_is_refused(model: Any) -> None:

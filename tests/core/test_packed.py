@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core.make import BASE, direction, lofit, loreft, randn
+from core.make import BASE, direction, lofit, loreft, places, randn
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +16,7 @@ from steer_vllm.packed import Layout, Packed, check_tables, compose, pack, unpac
 
 HIDDEN = BASE.hidden_size
 CONFIG = SteerConfig(additive_sites=tuple(Site), low_rank_sites=tuple(Site))
-LAYOUT = Layout.of(range(3), HIDDEN, CONFIG)
+LAYOUT = Layout.of(places(range(3)), HIDDEN, CONFIG)
 
 
 def head_projection(layer: int, heads: torch.Tensor) -> torch.Tensor:
@@ -52,9 +52,20 @@ def apply(packed: Packed, place: Place, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_layout_follows_the_config() -> None:
-    layout = Layout.of((4, 5), 8, SteerConfig(additive_sites=(Site.MLP_OUTPUT,), low_rank_sites=(Site.BLOCK_OUTPUT,)))
+    config = SteerConfig(additive_sites=(Site.MLP_OUTPUT,), low_rank_sites=(Site.BLOCK_OUTPUT,))
+    layout = Layout.of(places((4, 5)), 8, config)
     assert layout.additive == (Place(4, Site.MLP_OUTPUT), Place(5, Site.MLP_OUTPUT))
     assert layout.low_rank == (Place(4, Site.BLOCK_OUTPUT), Place(5, Site.BLOCK_OUTPUT))
+
+
+def test_a_layer_may_lack_a_site() -> None:
+    """Mamba layers of a hybrid have no attention output."""
+    layout = Layout.of([Place(1, Site.BLOCK_OUTPUT), *places((0,))], 8, SteerConfig())
+    assert layout.additive == (
+        Place(0, Site.ATTENTION_OUTPUT),
+        Place(0, Site.BLOCK_OUTPUT),
+        Place(1, Site.BLOCK_OUTPUT),
+    )
 
 
 @pytest.mark.parametrize("edits", [random_edits(0), random_edits(1, rank=0), random_edits(2, offsets=False), {}])
@@ -92,7 +103,7 @@ def test_summary() -> None:
 
 def test_places_of_other_ranks_are_left_to_them() -> None:
     """A pipeline rank holds its own layers; the content is there all the same, with nothing in it."""
-    mine = Layout.of((1,), HIDDEN, CONFIG)
+    mine = Layout.of(places((1,)), HIDDEN, CONFIG)
     packed = pack(random_edits(0, rank=2), mine, torch.float32, "here")
     assert packed.offset is not None
     assert not packed.offset.any()

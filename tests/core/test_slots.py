@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from core.make import BASE, randn
+from core.make import BASE, places, randn
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -21,7 +21,7 @@ from steer_vllm.segments import Term
 from steer_vllm.slots import RequestSlots, SlotTables, TokenSlots, gather
 
 CONFIG = SteerConfig(additive_rows=4, low_rank_rows=3, max_rank=8, additive_sites=tuple(Site), per_request=1)
-LAYOUT = Layout.of((0, 2), BASE.hidden_size, CONFIG)
+LAYOUT = Layout.of(places((0, 2)), BASE.hidden_size, CONFIG)
 
 
 def packed(rank: int, seed: int, offset: bool = True) -> Packed:

@@ -87,16 +87,22 @@ def run(
         **llm,
     }
     job = {"model": str(model), "plain": plain, "llm": arguments, "steer": steer or {}, "steps": steps}
+    found: list[Any] = launch(engine, folder, HERE / f"{engine.driver}.py", job, plain=plain)
+    return found
+
+
+def launch(engine: Engine, folder: Path, script: Path, job: Any, *, plain: bool = False, timeout: int = 420) -> Any:
+    """Run a script on a job in a process with the engine's environment; what it left as result."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.json").write_text(json.dumps(job))
     env = {**os.environ, **engine.env, **({"VLLM_PLUGINS": ""} if plain else {})}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (env.get("PYTHONPATH"), str(HERE.parent))))
-    command = [sys.executable, str(HERE / f"{engine.driver}.py"), str(folder / "job.json"), str(folder / "result.json")]
+    command = [sys.executable, str(script), str(folder / "job.json"), str(folder / "result.json")]
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        out, err = process.communicate(timeout=420)
+        out, err = process.communicate(timeout=timeout)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its workers too, should it hang

@@ -1,4 +1,4 @@
-"""Binding to a model: layers are found by structure, and a wrapped model gives what its definition says."""
+"""Layers are found by structure, and a wrapped model gives what its definition says."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from core.make import BASE, randn
-from engine_units.toy import Attention, Decoder, Layer, RowParallel, Summed
+from core.make import BASE, places, randn
+from engine_units.toy import Attention, Decoder, Layer, Overwriting, Recurrent, RowParallel, Summed
 from torch import nn
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from steer_vllm.config import SteerConfig
 from steer_vllm.edit import LowRank, Place, Site
-from steer_vllm.engine.layers import find_layers, wrap
+from steer_vllm.engine.binding import Binding
+from steer_vllm.engine.layers import find_layers
+from steer_vllm.engine.wrapping import wrap
 from steer_vllm.errors import StartupRefused
 from steer_vllm.packed import Layout, Packed
 from steer_vllm.slots import SlotTables, TokenSlots
@@ -26,7 +28,7 @@ TOKENS = torch.randint(0, BASE.vocab_size, (6,), generator=torch.Generator().man
 
 def tables_for(model: Decoder, config: SteerConfig = CONFIG, seed: int = 1) -> SlotTables:
     """Rows 1 and 2 hold random edits at every place."""
-    layout = Layout.of(range(len(model.layers)), BASE.hidden_size, config)
+    layout = Layout.of(places(range(len(model.layers))), BASE.hidden_size, config)
     tables = SlotTables(layout, config, torch.float32, "cpu")
     for row in (1, 2):
         wide = (len(layout.low_rank), config.max_rank, BASE.hidden_size)
@@ -72,13 +74,14 @@ def slots_with(rows: list[int]) -> TokenSlots:
 
 
 @pytest.mark.parametrize("batch_dimension", [False, True], ids=["[T, H]", "[1, T, H]"])
-@pytest.mark.parametrize("kind", [Layer, Summed], ids=["tuple", "tensor"])
+@pytest.mark.parametrize("kind", [Layer, Summed, Overwriting], ids=["sum", "tensor", "hidden"])
 @torch.no_grad()
 def test_wrapped_equals_by_hand(kind: type[Layer], batch_dimension: bool) -> None:
-    """Invariant: the block's output is hidden + residual where they are separate; the sum is read, one is edited."""
+    """Invariant: the block's output is what the next layer starts from: hidden + residual where it adds them, hidden
+    where it overwrites the residual. It is read whole, and one of the two is edited."""
     model, original = Decoder(kind), Decoder(kind)
     tables, slots = tables_for(model), slots_with([0, 1, 2, 1, 0, 2])
-    wrap(find_layers(model), tables, slots)
+    wrap(Binding(model, CONFIG), tables, slots)
     found = model(TOKENS, batch_dimension)
     assert found.shape == ((1, 6, BASE.hidden_size) if batch_dimension else (6, BASE.hidden_size))
     torch.testing.assert_close(found.view(6, -1), by_hand(original, tables, slots), rtol=1e-4, atol=1e-4)
@@ -90,7 +93,7 @@ def test_without_slots_it_is_the_model() -> None:
     """Invariant: row 0 is the identity: unsteered tokens keep every bit."""
     model, original = Decoder(), Decoder()
     slots = TokenSlots(16, "cpu")
-    wrap(find_layers(model), tables_for(model), slots)
+    wrap(Binding(model, CONFIG), tables_for(model), slots)
     assert torch.equal(model(TOKENS), original(TOKENS))
     slots.set(torch.tensor([0, 0, 1]), torch.zeros(3), torch.ones(3))
     assert torch.equal(model(TOKENS)[[0, 1, 3, 4, 5]], original(TOKENS)[[0, 1, 3, 4, 5]])
@@ -102,7 +105,7 @@ def test_tables_written_later_count() -> None:
     """What is bound are the tables themselves, not their content at the time."""
     model = Decoder()
     tables, slots = tables_for(model), slots_with([1] * 6)
-    wrap(find_layers(model), tables, slots)
+    wrap(Binding(model, CONFIG), tables, slots)
     before = model(TOKENS)
     tables.additive[1].zero_()
     assert not torch.equal(model(TOKENS), before)
@@ -113,7 +116,7 @@ def test_only_configured_sites_are_wrapped() -> None:
     config = SteerConfig(additive_rows=2, low_rank_rows=0, additive_sites=(Site.MLP_OUTPUT,))
     model, original = Decoder(), Decoder()
     tables, slots = tables_for(model, config), slots_with([1, 2] * 3)
-    wrap(find_layers(model), tables, slots)
+    wrap(Binding(model, CONFIG), tables, slots)
     torch.testing.assert_close(model(TOKENS), by_hand(original, tables, slots), rtol=1e-4, atol=1e-4)
     wrapped = {name for name, module in model.named_modules() if "forward" in vars(module)}
     assert wrapped == {f"layers.{i}.mlp" for i in range(3)}
@@ -124,7 +127,7 @@ def test_buffers_are_not_part_of_the_weights() -> None:
     model = Decoder()
     names = set(model.state_dict())
     tables = tables_for(model)
-    wrap(find_layers(model), tables, TokenSlots(16, "cpu"))
+    wrap(Binding(model, CONFIG), tables, TokenSlots(16, "cpu"))
     assert set(model.state_dict()) == names
     buffers = dict(model.layers[0].named_buffers(recurse=False))
     assert buffers["steer_additive"].data_ptr() == tables.additive_at(Place(0, Site.BLOCK_OUTPUT)).data_ptr()
@@ -136,7 +139,7 @@ def test_wrapped_models_compile_to_one_graph() -> None:
     """torch.compile traces the edit: other rows and other contents need no new graph."""
     model = Decoder()
     tables, slots = tables_for(model), slots_with([0, 1, 2, 1, 0, 2])
-    wrap(find_layers(model), tables, slots)
+    wrap(Binding(model, CONFIG), tables, slots)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -188,20 +191,34 @@ def broken(change: str) -> nn.Module:
         layer.self_attn.o_proj = nn.Linear(32, 24)
     elif change == "two projections":
         layer.self_attn.other = RowParallel(32, 24)
+    elif change == "recurrent":
+        model.layers[1] = Recurrent(24)
+    elif change == "no MLP":
+        del layer.mlp
+    elif change == "two MLPs":
+        layer.experts = RowParallel(4, 4)
+    elif change == "shared MLP":
+        layer.mlp = model.layers[2].mlp
     return model
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "site", "reason"),
     [
-        ("two attentions", r"layer 1 \(Layer\): expected one attention module, found 2"),
-        ("no projection", r"layer 1 \(Layer\): expected one attention output projection, found 0"),
-        ("two projections", r"layer 1 \(Layer\): expected one attention output projection, found 2"),
+        ("two attentions", Site.ATTENTION_OUTPUT, "more than one attention module: self_attn, cross"),
+        ("no projection", Site.ATTENTION_OUTPUT, "self_attn has 0 row-parallel output projections, expected one"),
+        ("two projections", Site.ATTENTION_OUTPUT, "self_attn has 2 row-parallel output projections, expected one"),
+        ("recurrent", Site.ATTENTION_OUTPUT, "mixer (Mixer) is no attention with heads"),
+        ("no MLP", Site.MLP_OUTPUT, "the layer has no MLP"),
+        ("two MLPs", Site.MLP_OUTPUT, "more than one module adds to it: mlp, experts"),
+        ("shared MLP", Site.MLP_OUTPUT, "its module is shared with other layers"),
     ],
 )
-def test_what_cannot_be_bound_refuses_to_start(change: str, message: str) -> None:
-    with pytest.raises(StartupRefused, match=message):
-        find_layers(broken(change))
+def test_what_cannot_be_bound_is_named(change: str, site: Site, reason: str) -> None:
+    """The layer's other sites, and other layers, are bound."""
+    layer = find_layers(broken(change))[1]
+    assert layer.missing == {site: reason}
+    assert set(layer.sites) == set(Site) - {site}
 
 
 def test_no_layers_at_all() -> None:
@@ -209,22 +226,66 @@ def test_no_layers_at_all() -> None:
         find_layers(nn.Sequential(nn.Linear(2, 2)))
 
 
-def test_a_configured_site_without_a_module_refuses_to_start() -> None:
+def test_a_configured_site_that_no_layer_has_refuses_to_start() -> None:
     model = Decoder()
-    layer: Any = model.layers[2]
-    layer.second = RowParallel(4, 4)
-    layers = find_layers(model)
-    assert layers[2].mlp is None
-    with pytest.raises(StartupRefused, match=r"layer 2 \(Layer\): mlp_output could not be bound"):
-        wrap(layers, tables_for(model), TokenSlots(16, "cpu"))
+    for layer in model.layers:
+        del layer.mlp
+    with pytest.raises(StartupRefused, match=r"mlp_output could not be bound in any layer .*the layer has no MLP"):
+        Binding(model, CONFIG)
+    Binding(model, SteerConfig())
+    model.layers[0] = PPMissingLayer()
+    assert Place(1, Site.MLP_OUTPUT) not in Binding(model, CONFIG).places, "another rank may have it"
+
+
+@torch.no_grad()
+def test_a_bias_that_waits_is_part_of_what_is_read() -> None:
+    """Falcon's projections hand on their bias: what a low-rank edit reads has it, what it adds to has not."""
+    model = Decoder()
+    tables, slots = tables_for(model), slots_with([1, 2, 1])
+    projection: Any = model.layers[0].self_attn.o_proj
+    z = randn(3, 32, seed=4)
+    whole = projection(z)[0]
+    projection.skips_bias = True
+    wrap(Binding(model, CONFIG), tables, slots)
+    found, bias = projection(z)
+    expected = whole - bias + edit(tables, Place(0, Site.ATTENTION_OUTPUT), slots, whole)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_shares_of_a_sum_are_edited_once() -> None:
+    """Invariant: where ranks hold shares, the sum of the edited shares is the edited sum: constants on one rank."""
+    place, ranks = Place(0, Site.ATTENTION_OUTPUT), 2
+    whole = Decoder()
+    tables, slots = tables_for(whole), slots_with([1, 2, 1])
+    z, total = randn(3, 32, seed=4), torch.zeros(3, BASE.hidden_size)
+    kept: Any = whole.layers[0].self_attn.o_proj
+    for rank in range(ranks):
+        model = Decoder()
+        part = RowParallel(32, BASE.hidden_size, tp_size=ranks, tp_rank=rank, reduce=False)
+        part.weight.copy_(kept.weight[:, rank * 16 : (rank + 1) * 16])
+        part.bias.copy_(kept.bias)
+        part.skips_bias = True
+        model.layers[0].self_attn.o_proj = part  # type: ignore[union-attr]
+        binding = Binding(model, CONFIG)
+        assert binding.shares == {place: rank}
+        mine = tables_for(model)
+        if rank:
+            for table in (mine.additive, mine.low_rank.c):
+                table.zero_()  # what `Binding.share` leaves of an edit on this rank
+        wrap(binding, mine, slots)
+        found, bias = part(z[:, rank * 16 : (rank + 1) * 16])
+        total += found
+    unedited = kept(z)[0]
+    torch.testing.assert_close(total + bias, unedited + edit(tables, place, slots, unedited), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("output", [None, (), (torch.zeros(6, 24),), (torch.zeros(6, 24),) * 3, [torch.zeros(6, 24)]])
 def test_a_layer_that_returns_something_else(output: Any) -> None:
     model = Decoder()
     model.layers[0].forward = lambda *args: output
-    wrap(find_layers(model), tables_for(model), TokenSlots(16, "cpu"))
-    with pytest.raises(StartupRefused, match="a decoder layer returned"):
+    wrap(Binding(model, CONFIG), tables_for(model), TokenSlots(16, "cpu"))
+    with pytest.raises(StartupRefused, match=r"Layer: block_output could not be bound: it returns"):
         model.layers[0](torch.zeros(6, 24), None)
 
 
@@ -233,7 +294,7 @@ def test_an_output_that_is_not_one_row_per_token(shape: tuple[int, ...]) -> None
     """Residual streams of several rows, batches, other widths: no token row to edit."""
     model = Decoder(Summed)
     model.layers[0].forward = lambda *args: torch.zeros(shape)
-    wrap(find_layers(model), tables_for(model), TokenSlots(16, "cpu"))
+    wrap(Binding(model, CONFIG), tables_for(model), TokenSlots(16, "cpu"))
     with pytest.raises(StartupRefused, match="expected one row per token"):
         model(torch.arange(6))
 

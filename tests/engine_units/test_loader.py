@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from core.make import BASE, direction, lofit, loreft
-from engine_units.toy import Decoder, RowParallel
+from engine_units.toy import Decoder, Recurrent, RowParallel
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from steer_vllm import Intervention
 from steer_vllm.config import SteerConfig
 from steer_vllm.edit import Site
 from steer_vllm.engine import loader
-from steer_vllm.engine.projection import OutputProjection
+from steer_vllm.engine.binding import Binding
 from steer_vllm.errors import ArtifactInvalid
 from steer_vllm.packed import Layout, Packed
 
@@ -26,10 +27,16 @@ CONFIG = SteerConfig(additive_rows=2, low_rank_rows=2, max_rank=4)
 class Rank:
     """What the loader needs of a worker's steering."""
 
-    def __init__(self, layers: tuple[int, ...] = (0, 1, 2), tp_rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self,
+        layers: tuple[int, ...] = (0, 1, 2),
+        tp_rank: int = 0,
+        ranks: int = 1,
+        reduce: bool = True,
+        mamba: tuple[int, ...] = (),
+    ) -> None:
         self.config, self.base, self.dtype = CONFIG, BASE, torch.float32
         self.device = torch.device("cpu")
-        self.layout = Layout.of(layers, BASE.hidden_size, CONFIG)
         self.store: dict[tuple[str, int], Packed] = {}
         self.head_layers: dict[str, frozenset[int]] = {}
         self.pending: dict[str, loader.Load] = {}
@@ -38,13 +45,20 @@ class Rank:
         self.tensor_parallel = ranks
         self.tables: Any = dataclasses.make_dataclass("Tables", ["nbytes"])(1234)
         self.others: list[Rank] = []
-        self.projections = {}
-        for layer in layers:
-            whole: Any = Decoder().layers[layer].self_attn.o_proj  # type: ignore[union-attr]
-            part = RowParallel(32, BASE.hidden_size, tp_size=ranks, tp_rank=tp_rank)
+        model = Decoder()
+        for number, layer in enumerate(model.layers):
+            whole: Any = layer.self_attn.o_proj  # type: ignore[union-attr]
+            part = RowParallel(32, BASE.hidden_size, tp_size=ranks, tp_rank=tp_rank, reduce=reduce)
             size = 32 // ranks
             part.weight.data.copy_(whole.weight.data[:, tp_rank * size : (tp_rank + 1) * size])
-            self.projections[layer] = OutputProjection(part, layer)
+            layer.self_attn.o_proj = part  # type: ignore[union-attr]
+            if number not in layers:
+                model.layers[number] = PPMissingLayer()
+            elif number in mamba:
+                model.layers[number] = Recurrent(BASE.hidden_size)
+        self.binding = Binding(model, CONFIG)
+        self.projections = self.binding.projections
+        self.layout = Layout.of(self.binding.places, BASE.hidden_size, CONFIG)
         self.waiting: list[list[torch.Tensor]] = []
         self.reduced = 0
 
@@ -121,6 +135,39 @@ def test_tensor_parallel_ranks_add_up(item: Intervention, tmp_path: Path) -> Non
             one, two = rank.store[item.digest, n], whole.store[item.digest, n]
             for mine, wanted in zip(one._tensors(), two._tensors(), strict=True):
                 torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("item", [lofit(), direction(site=Site.ATTENTION_OUTPUT)], ids=lambda i: i.method.name)
+def test_partial_sums_get_the_whole_on_one_rank_only(item: Intervention, tmp_path: Path) -> None:
+    """Where ranks' outputs are summed further on (Falcon), what every rank added would be there twice."""
+    whole: Any = Rank()
+    start(whole, item, tmp_path)
+    loader.commit(whole, item.digest)
+    ranks: list[Any] = [Rank(tp_rank=n, ranks=2, reduce=False) for n in range(2)]
+    for rank in ranks:
+        assert start(rank, item, tmp_path) == {"state": "ready"}
+    for rank in ranks:
+        rank.waiting = [
+            [*other.pending[item.digest].compilation.projected.values(), torch.zeros(24)] for other in ranks
+        ]
+    assert [loader.commit(rank, item.digest)["state"] for rank in ranks] == ["done", "done"]
+    first, second = (rank.store[item.digest, 0].offset for rank in ranks)
+    torch.testing.assert_close(first, whole.store[item.digest, 0].offset, rtol=1e-5, atol=1e-5)
+    assert not second.any()
+
+
+def test_a_layer_without_the_site_is_refused_by_name(tmp_path: Path) -> None:
+    """Invariant: a model layer that could not be bound is an error; the layers around it are served."""
+    rank: Any = Rank(mamba=(1,))
+    item = lofit(((0, 0), (1, 2)))
+    failed(
+        start(rank, item, tmp_path / "bad"),
+        "edits attention_output of layer 1 (Recurrent), which could not be bound: mixer (Mixer) is no attention",
+    )
+    loader.drop(rank, item.digest)
+    for number, good in enumerate((lofit(((0, 0), (2, 2))), direction((0, 1, 2)))):
+        assert start(rank, good, tmp_path / str(number)) == {"state": "ready"}
+        assert loader.commit(rank, good.digest)["state"] == "done"
 
 
 def test_pipeline_ranks_hold_their_layers(tmp_path: Path) -> None:

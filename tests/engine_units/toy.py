@@ -8,6 +8,8 @@ import torch
 from core.make import BASE
 from torch import nn
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 
 
 class RowParallel(nn.Module):
@@ -21,9 +23,12 @@ class RowParallel(nn.Module):
         self.output_size = hidden
         self.tp_size, self.tp_rank, self.reduce_results = tp_size, tp_rank, reduce
         self.params_dtype = torch.float32
+        self.quant_method: Any = UnquantizedLinearMethod()
+        self.skips_bias = False
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return nn.functional.linear(x, self.weight, self.bias), None
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        bias = None if self.skips_bias else self.bias
+        return nn.functional.linear(x, self.weight, bias), self.bias if self.skips_bias else None
 
 
 class Attention(nn.Module, AttentionLayerBase):
@@ -60,6 +65,30 @@ class MLP(nn.Module):
         return self.down_proj(self.up(x).relu())[0]  # type: ignore[no-any-return]
 
 
+class Mixer(nn.Module, MambaBase):
+    """A recurrence that forgets everything, found as one of Mamba's kind. Ends in a projection, as theirs do."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.out_proj = RowParallel(hidden, hidden)
+
+    def get_state_shape(self) -> Any:
+        raise NotImplementedError
+
+    def get_state_dtype(self) -> Any:
+        raise NotImplementedError
+
+    def get_attn_backend(self) -> Any:
+        raise NotImplementedError
+
+    @property
+    def mamba_type(self) -> Any:
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out_proj(x)[0]  # type: ignore[no-any-return]
+
+
 class Layer(nn.Module):
     """A layer with fused norms: hands on what it adds and the residual stream separately."""
 
@@ -82,6 +111,28 @@ class Summed(Layer):
         return added + residual
 
 
+class Overwriting(Layer):
+    """A layer that returns a pair, and starts from hidden whatever residual it is given."""
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        residual = hidden_states
+        hidden_states = residual + self.self_attn(residual)
+        return hidden_states + self.mlp(hidden_states), residual
+
+
+class Recurrent(nn.Module):
+    """A layer of a hybrid model without attention."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.mixer = Mixer(hidden)
+        self.mlp = MLP(hidden)
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        hidden_states = hidden_states + self.mixer(hidden_states)
+        return hidden_states + self.mlp(hidden_states)
+
+
 class Decoder(nn.Module):
     """tokens -> the residual stream after all layers. Shapes of `BASE`."""
 
@@ -99,4 +150,4 @@ class Decoder(nn.Module):
         for layer in self.layers:
             out = layer(hidden, residual)
             hidden, residual = out if isinstance(out, tuple) else (out, None)
-        return hidden if residual is None else hidden + residual
+        return hidden if residual is None or isinstance(layer, Overwriting) else hidden + residual

@@ -128,7 +128,7 @@ MUTANTS = (
     Mutant(
         "batch-axis-as-token",
         "[1, tokens, hidden] is taken for one token",
-        "steer_vllm/engine/layers.py",
+        "steer_vllm/engine/wrapping.py",
         "tokens = y.shape[-2]",
         "tokens = y.shape[0]",
         ("tests/engine_units/test_layers.py",),
