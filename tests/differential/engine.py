@@ -90,7 +90,9 @@ def environment(configuration: Configuration) -> dict[str, str]:
     """Variables of the engine's process."""
     values = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if configuration.processes else "0"}
     if configuration.runner == "v2":
-        values |= V2.env | {"VLLM_ENABLE_V1_MULTIPROCESSING": values["VLLM_ENABLE_V1_MULTIPROCESSING"]}
+        kept = {name: values[name] for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "PYTHONPATH") if name in values}
+        values |= V2.env | kept
+        values["PYTHONPATH"] = os.pathsep.join(filter(None, (V2.env["PYTHONPATH"], kept.get("PYTHONPATH"))))
     if configuration.traced:
         values["VLLM_CPU_CI_ENV"] = "1"  # traces the graph and generates no code
     if {"tensor_parallel_size", "pipeline_parallel_size"} & set(configuration.llm):
