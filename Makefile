@@ -16,8 +16,9 @@ env:  ## make or update .venv: vLLM (CPU or CUDA build), the project, its tools
 demo: env  ## train three small interventions, serve them, ask in one mixed batch
 	@$(BIN)/steer-vllm demo
 
+# Two at a time, each file in one process: the tests of a file share its engine.
 test: env  ## every test that needs no GPU
-	@$(BIN)/pytest -q -m "not gpu"
+	@$(BIN)/pytest -q -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 fuzz: env  ## draw engines and requests for MINUTES (60), every answer held against transformers
 	@cd tests && ../$(BIN)/python -m differential.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
