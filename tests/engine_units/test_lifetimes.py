@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from steer_vllm import config as limits
 from steer_vllm.config import SteerConfig
-from steer_vllm.edit import LowRank
+from steer_vllm.edit import LowRank, Place, Site
 from steer_vllm.engine.admission import Admission
 from steer_vllm.errors import ArtifactInvalid, NoRows
 from steer_vllm.packed import Layout, Packed, compose
@@ -35,7 +35,7 @@ from steer_vllm.segments import Component, resolve
 from steer_vllm.slots import RequestSlots, SlotTables
 
 CONFIG = SteerConfig(additive_rows=2, low_rank_rows=1, max_rank=4, per_request=2)
-LAYOUT = Layout.of((0,), 3, CONFIG)
+LAYOUT = Layout.of((Place(0, site) for site in Site), 3, CONFIG)
 DIGESTS = ("add", "two", "low", "both")
 PROMPT = 5
 
