@@ -142,6 +142,20 @@ FIELDS = (
     Field("vllm.v1.engine.core", "EngineCore", ("scheduler", "model_executor", "vllm_config"), "core.py"),
     Field("vllm.sampling_params", "SamplingParams", ("extra_args",), "core.py"),
     Field("vllm.config", "VllmConfig", ("additional_config",), "settings.py"),
+    Field(
+        "vllm.model_executor.layers.linear",
+        "RowParallelLinear",
+        ("input_size_per_partition", "output_size", "tp_rank", "tp_size", "reduce_results", "quant_method"),
+        "layers.py",
+    ),
+    Field("vllm.model_executor.layers.attention_layer_base", "AttentionLayerBase", (), "layers.py"),
+    Field("vllm.model_executor.layers.mamba.abstract", "MambaBase", (), "layers.py"),
+    Field(
+        "vllm.model_executor.layers.fused_moe.runner.moe_runner_interface",
+        "MoERunnerInterface",
+        (),
+        "layers.py",
+    ),
 )
 """Read, not replaced: `scripts/check_vllm.py` checks them on vLLM's source, where importing it would not show them."""
 

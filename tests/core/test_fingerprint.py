@@ -89,6 +89,8 @@ def test_other_names_of_the_shapes(tmp_path: Path) -> None:
     assert Fingerprint.of(configured(tmp_path / "c", text_config=SHAPES)) == wanted
     assert Fingerprint.of(configured(tmp_path / "d", **SHAPES, head_dim=None)) == wanted
     assert Fingerprint.of(configured(tmp_path / "e", **SHAPES, head_dim=16)).head_dim == 16
+    latent = Fingerprint.of(configured(tmp_path / "f", **SHAPES, head_dim=16, v_head_dim=12))
+    assert latent.head_dim == 12, "what a head puts out"
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "3", "{}", '{"hidden_size": "8"}', "\udcff"])

@@ -12,7 +12,7 @@ from torch import nn
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from steer_vllm.config import SteerConfig
-from steer_vllm.edit import LowRank, Place, Site
+from steer_vllm.edit import Edit, LowRank, Place, Site
 from steer_vllm.engine.binding import Binding
 from steer_vllm.engine.layers import find_layers
 from steer_vllm.engine.wrapping import wrap
@@ -276,6 +276,11 @@ def test_shares_of_a_sum_are_edited_once() -> None:
         wrap(binding, mine, slots)
         found, bias = part(z[:, rank * 16 : (rank + 1) * 16])
         total += found
+        given = Edit(torch.ones(3), LowRank(*(torch.ones(3) for _ in range(3))))
+        left = binding.share({place: given, Place(1, place.site): given})
+        assert left[Place(1, place.site)] is given
+        assert [bool(t.any()) for t in (left[place].offset, left[place].low_rank.c)] == [not rank] * 2  # type: ignore
+        assert torch.equal(left[place].low_rank.B, given.low_rank.B)  # type: ignore[union-attr]
     unedited = kept(z)[0]
     torch.testing.assert_close(total + bias, unedited + edit(tables, place, slots, unedited), rtol=1e-4, atol=1e-4)
 
