@@ -80,4 +80,5 @@ def test_a_folder_that_is_no_vllm(check: ModuleType, tmp_path: Path) -> None:
 def test_the_named_file_reads_it(field: object, root: Path) -> None:
     """The list is not longer than what is read."""
     source = (root / "steer_vllm" / "engine" / field.used_by).read_text()  # type: ignore[attr-defined]
-    assert any(name in source for name in field.names)  # type: ignore[attr-defined]
+    names = field.names or (field.kind,)  # type: ignore[attr-defined]  # a class that is only recognised has none
+    assert any(name in source for name in names)
