@@ -272,18 +272,21 @@ def test_crafted_headers(header: object, folder: Path) -> None:
 @settings(max_examples=200)
 @given(data=st.data())
 def test_any_flipped_byte_is_found(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Nothing but an artifact's error comes out, and nothing damaged passes: the digest sees to that. What passes is the
-    same content: the header ends in blanks, and a tab among them changes nothing."""
+    """Nothing but an artifact's error comes out, and nothing damaged passes: the digest sees to that.
+
+    The header ends in blanks: a tab among them is no damage, and the content the same.
+    """
     folder = tmp_path_factory.getbasetemp() / "flipped"
     lofit().save(folder)
     whole = bytearray((folder / TENSORS).read_bytes())
     at = data.draw(st.integers(0, len(whole) - 1))
+    before = whole[at]
     whole[at] ^= data.draw(st.integers(1, 255))
     (folder / TENSORS).write_bytes(whole)
-    try:
+    if {before, whole[at]} <= set(b" \t\n\r"):
         assert Intervention.load(folder).digest == lofit().digest
-    except ArtifactInvalid as error:
-        assert str(folder) in error.message
+    else:
+        refused(folder)
 
 
 def test_pickles_are_not_read(folder: Path) -> None:
