@@ -97,7 +97,10 @@ ON: dict[str, Case] = {
     "mm_encoder_only": Case(fields=lambda c: setattr(c.model_config, "multimodal_config", EncoderOnly)),
     "diffusion language models": Case(fields=lambda c: c.model_config.__dict__.update(is_diffusion=True)),
     "bidirectional models (is_causal false, use_non_causal)": overrides(is_causal=False),
-    "models that replay a prompt's last window (DeepSeek-V4.1)": overrides(model_type="deepseek_v41"),
+    "models that replay a prompt's last window (DeepSeek-V4.1)": Case(
+        # As an override vLLM would tell transformers, for good, that this model's type means DeepSeek's config.
+        fields=lambda c: setattr(c.model_config.hf_config, "model_type", "deepseek_v41")
+    ),
     "fp16 DeepSeek": overrides(dtype="float16", routed_scaling_factor=2.5),
 }
 
