@@ -12,7 +12,6 @@ SEEDS = {
     9: "V2, preemption",
     10: "sliding windows beside full attention",
     18: "n-gram speculation",
-    3: "traced by torch.compile",
 }
 
 
