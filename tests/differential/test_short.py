@@ -11,7 +11,6 @@ SEEDS = {
     6: "V1, pieces of 17 tokens, preemption, scheduled ahead",
     9: "V2, preemption",
     10: "sliding windows beside full attention",
-    18: "n-gram speculation",
 }
 
 

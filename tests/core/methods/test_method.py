@@ -19,7 +19,8 @@ MAIN = {"lofit": "offsets", "loreft": "weight", "direction": "directions"}
 
 
 def test_every_method_is_tested_here() -> None:
-    assert set(EVERY) == set(METHODS)
+    own = {name for name, method in METHODS.items() if method.__module__.startswith("steer_vllm.")}
+    assert set(EVERY) == own  # other tests register a method of theirs
     assert all(METHODS[name].name == name for name in METHODS)
 
 
