@@ -104,6 +104,14 @@ def reproject(steering: WorkerSteering, base: Fingerprint) -> Answer:
     return {"state": "done"}
 
 
+def _packed(compilation: Compilation) -> tuple[Packed, ...] | Exception | None:
+    """Of `pack_together`, an error as a value: a rank that stopped at it would leave the others in the next one."""
+    try:
+        return compilation.pack_together()
+    except Exception as error:
+        return error
+
+
 @answered
 @torch.inference_mode()
 def repack(steering: WorkerSteering) -> Answer:
@@ -111,12 +119,13 @@ def repack(steering: WorkerSteering) -> Answer:
 
     parts: the new summaries; unfit: digest -> why it no longer belongs to the base model.
     """
-    packed: dict[str, tuple[Packed, ...]] = {}
-    for digest, compilation in steering.compilations.items():
-        whole = compilation.pack_together()
-        if whole is None:
-            return {"state": "undone"}
-        packed[digest] = whole
+    outcomes = {digest: _packed(compilation) for digest, compilation in steering.compilations.items()}
+    for outcome in outcomes.values():
+        if isinstance(outcome, Exception):
+            raise outcome
+    packed = {digest: outcome for digest, outcome in outcomes.items() if isinstance(outcome, tuple)}
+    if len(packed) < len(outcomes):
+        return {"state": "undone"}
     for digest, parts in packed.items():
         steering.store.update({(digest, number): part for number, part in enumerate(parts)})
     steering.tables.refill(packed, steering.store)
