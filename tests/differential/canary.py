@@ -15,12 +15,15 @@ from .checker import Mismatch
 ARTIFACTS = 64
 FIRST = 100
 """The token that the first artifact forces."""
+TOKENS = 12
+"""That a request beside changing neighbours is served."""
 
 
 def case(configuration: Configuration, seed: int, requests: int = 96) -> Case:
-    """Requests of all artifacts and of none, arriving in a rush; cancellations, replacements, reloads, evictions."""
+    """A request of every artifact, others of any or none, in a rush; cancellations, replacements, evictions."""
     roll = random.Random(f"canary {seed}")
-    order = [*range(ARTIFACTS), *(roll.randrange(ARTIFACTS) for _ in range(max(0, requests - ARTIFACTS)))]
+    more = [roll.choice([None, roll.randrange(ARTIFACTS)]) for _ in range(requests - ARTIFACTS)]
+    order = [*range(ARTIFACTS), *more]
     roll.shuffle(order)
     changes = [
         Change(at=roll.randrange(60), do="load", name=_name(roll), artifact=roll.randrange(ARTIFACTS))
@@ -32,7 +35,7 @@ def case(configuration: Configuration, seed: int, requests: int = 96) -> Case:
         configuration=configuration,
         artifacts=tuple(Artifact(method="force", seed=FIRST + i, positions="all") for i in range(ARTIFACTS)),
         changes=tuple(changes),
-        requests=tuple(_request(roll, number) for number in order[:requests]),
+        requests=tuple(_request(roll, number) for number in order),
     )
 
 
@@ -40,7 +43,7 @@ def _name(roll: random.Random) -> str:
     return f"a{roll.randrange(ARTIFACTS)}"
 
 
-def _request(roll: random.Random, artifact: int) -> Request:
+def _request(roll: random.Random, artifact: int | None) -> Request:
     return Request(
         at=roll.randrange(60),
         prompt=Prompt(
@@ -49,7 +52,7 @@ def _request(roll: random.Random, artifact: int) -> Request:
             own=roll.choice([1, 2, 9]),
             seed=roll.randrange(3),
         ),
-        asks=() if roll.random() < 0.15 else (Ask(name=f"a{artifact}"),),
+        asks=() if artifact is None else (Ask(name=f"a{artifact}"),),
         params={"temperature": roll.choice([0.0, 1.0]), "max_tokens": roll.choice([1, 4, 40])},
         abort_after=roll.randrange(12) if roll.random() < 0.2 else None,
     )
@@ -84,7 +87,7 @@ def neighbours(configuration: Configuration, seed: int) -> tuple[Case, Case]:
             at=roll.randrange(6),
             prompt=Prompt(shared=roll.choice([0, 33]), own=1 + roll.randrange(20), seed=i),
             asks=(Ask(name=f"a{i}"),),
-            params={"temperature": 0.0, "max_tokens": 12},
+            params={"temperature": 0.0, "max_tokens": TOKENS},
         )
         for i in range(len(kinds))
     )
@@ -103,6 +106,9 @@ def same_bits(one: dict[str, Any], other: dict[str, Any]) -> int:
     """
     changed = 0
     for number, (mine, theirs) in enumerate(zip(one["results"], other["results"], strict=True)):
+        for result in (mine, theirs):
+            if [len(choice["tokens"]) for choice in result["choices"]] != [TOKENS]:
+                raise Mismatch(f"request {number} was not served: {result}")
         if number % 2 == 0 and mine["choices"] != theirs["choices"]:
             raise Mismatch(f"request {number} changed with its neighbours: {mine['choices']}, {theirs['choices']}")
         changed += mine["choices"] != theirs["choices"]

@@ -38,12 +38,13 @@ class Shape(_Data):
 class Configuration(_Data):
     """How the engine is started.
 
+    compiled: by Inductor on V1; on V2, whose interpreter cannot run generated code, the graph is traced and no more.
     processes: the engine core in a process of its own. llm: arguments of vLLM. steer: limits of steer-vllm.
     """
 
     shape: Shape = Shape()
     runner: Literal["v1", "v2"] = "v1"
-    traced: bool = False
+    compiled: bool = False
     processes: bool = False
     llm: dict[str, Any] = {}
     steer: dict[str, Any] = {}

@@ -8,7 +8,7 @@ tokens are too close to call. Errors must be those that the request earned.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,17 +29,31 @@ _SHAPED = {"logit_bias", "min_tokens", "regex", "presence_penalty"}
 """Parameters under which the greedy choice is not the largest log-probability."""
 
 
+_LEFT = ("loaded", "pinned", "additive_rows", "low_rank_rows", "pending")
+"""Of the core's and of each rank's facts: empty when nothing is loaded and no request is in flight."""
+
+UNNAMED = "error of the core"
+"""What a request is told that a core in another process refuses: vLLM passes no reason on."""
+
+
 class Mismatch(AssertionError):
     """A request did not get exactly what it asked for."""
 
 
 @dataclass
 class Count:
-    """What was seen, summed over cases."""
+    """What was seen, summed over cases.
+
+    answered: requests of which tokens were compared; steered: those with interventions; turns: those that follow the
+    answer of another. tokens: compared; drafted: that speculation got right; cached: that came from the prefix cache.
+    """
 
     requests: int = 0
-    tokens: int = 0
+    answered: int = 0
     steered: int = 0
+    tokens: int = 0
+    turns: int = 0
+    drafted: int = 0
     cached: int = 0
     cancelled: int = 0
     refused: int = 0
@@ -49,8 +63,9 @@ class Count:
 
     def add(self, other: Count) -> None:
         """Sum up."""
-        for name in ("requests", "tokens", "steered", "cached", "cancelled", "refused", "preempted"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for item in fields(self):
+            if item.type == "int":
+                setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
         self.worst = max(self.worst, other.worst)
         for code, count in other.errors.items():
             self.errors[code] = self.errors.get(code, 0) + count
@@ -81,6 +96,31 @@ def _errors(case: Case, request: Request, bound: dict[str, int], result: dict[st
     return Earned(codes, certain=False)
 
 
+def _failed(result: dict[str, Any]) -> str | None:
+    return UNNAMED if any(choice["finish"] == "error" for choice in result["choices"]) else None
+
+
+def _check_whole(request: Request, result: dict[str, Any], where: str) -> None:
+    """A request that nobody cancelled has all its choices, each as long as it was asked to be. Errors: `Mismatch`."""
+    if not result.get("finished"):
+        raise Mismatch(f"{where}\n  did not finish: {result}")
+    params, choices = request.params, result["choices"]
+    if len(choices) != params.get("n", 1):
+        raise Mismatch(f"{where}\n  {len(choices)} choices")
+    if ("prompt_logprobs" in params) != bool(result.get("prompt_logprobs")) and len(result["prompt"]) > 1:
+        raise Mismatch(f"{where}\n  prompt log-probabilities: {result.get('prompt_logprobs')}")
+    for choice in choices:
+        length = len(choice["tokens"])
+        whole = choice["finish"] == "length" and length == params["max_tokens"]
+        stopped = (
+            choice["finish"] == "stop"
+            and 1 <= length <= params["max_tokens"]
+            and ("stop" in params or "regex" in params or params.get("ignore_eos") is False)
+        )
+        if not (whole or stopped):
+            raise Mismatch(f"{where}\n  {length} tokens, finished by {choice['finish']}")
+
+
 class Checker:
     """The oracle of one base model."""
 
@@ -94,37 +134,40 @@ class Checker:
         count = Count(requests=len(case.requests), preempted=answer["preemptions"])
         for number, (request, bound) in enumerate(zip(case.requests, case.bound(), strict=True)):
             self._check(case, request, bound, answer["results"][number], count, f"request {number}: {request}, {bound}")
-        left = answer["left"]
-        if left["loaded"] or left["pinned"] or left["additive_rows"] or left["low_rank_rows"]:
-            raise Mismatch(f"left behind: {left}")
+        for left in answer["left"]:
+            if any(left.get(name) for name in _LEFT):
+                raise Mismatch(f"left behind: {left}")
         return count
 
     def _check(
         self, case: Case, request: Request, bound: dict[str, int], result: dict[str, Any], count: Count, where: str
     ) -> None:
         earned = _errors(case, request, bound, result)
-        error = result.get("error")
+        error = result.get("error") or _failed(result)
         if error is not None:
             count.refused += 1
             count.errors[error] = count.errors.get(error, 0) + 1
-            if error not in earned.codes:
-                raise Mismatch(f"{where}\n  refused with {error}: {result['message']}; {earned}")
+            if error not in earned.codes and not (error == UNNAMED and earned.codes):
+                raise Mismatch(f"{where}\n  refused with {error}: {result.get('message')}; {earned}")
             return
         if earned.certain:
             raise Mismatch(f"{where}\n  answered; {earned}")
         if result.get("aborted"):
             count.cancelled += 1
-        elif not result.get("finished"):
-            raise Mismatch(f"{where}\n  did not finish: {result}")
-        count.cached += result.get("cached") or 0
-        count.steered += bool(request.asks)
-        for choice in result["choices"]:
-            if choice["finish"] == "error":
-                raise Mismatch(f"{where}\n  the engine answered with an error")
-            try:
+        else:
+            _check_whole(request, result, where)
+        compared = count.tokens
+        try:
+            for choice in result["choices"]:
                 self._compare(case, request, bound, result, choice, count)
-            except Mismatch as mismatch:
-                raise Mismatch(f"{where}\n  {mismatch}") from None
+        except Mismatch as mismatch:
+            raise Mismatch(f"{where}\n  {mismatch}") from None
+        if count.tokens > compared:
+            count.answered += 1
+            count.steered += bool(request.asks)
+            count.turns += result.get("turn") == 2
+            count.drafted += result["drafted"]
+            count.cached += result.get("cached") or 0
 
     def _compare(
         self,
@@ -136,27 +179,26 @@ class Checker:
         count: Count,
     ) -> None:
         prompt, made = result["prompt"], choice["tokens"]
-        if not made:
-            return
+        if not made and not result.get("prompt_logprobs"):
+            return  # cancelled before anything was served
         interventions = {name: self.shelf.get(case.artifacts[number]) for name, number in bound.items()}
         asks = [ask.to_json() for ask in request.asks]
         start = request.response_start or len(prompt)
         predicted = oracle.logprobs(self.model, prompt + made, asks, interventions, start)[:-1]
-        served = choice["logprobs"]
         rows = predicted[len(prompt) - 1 :]
         if "regex" in request.params:
-            _same_ratios(rows, choice["others"], made)
+            count.tokens += _same_ratios(rows, choice["others"], made)
         else:
-            _same("log-probabilities", rows, made, served, count)
+            _same("log-probabilities", rows, made, choice["logprobs"], count)
+            count.tokens += len(made)
         if result.get("prompt_logprobs"):
             _same(
                 "prompt log-probabilities", predicted[: len(prompt) - 1], prompt[1:], result["prompt_logprobs"], count
             )
-        if request.params["temperature"] == 0 and not _SHAPED & set(request.params):
+        if made and request.params["temperature"] == 0 and not _SHAPED & set(request.params):
             lost = rows.max(-1).values - rows[torch.arange(len(made)), torch.tensor(made)]
             if lost.max() > 2 * TOLERANCE:
                 raise Mismatch(f"greedy tokens {made}: {lost.tolist()} below the oracle's choice")
-        count.tokens += len(made)
 
 
 def _same(what: str, predicted: torch.Tensor, tokens: list[int], served: list[float], count: Count) -> None:
@@ -167,11 +209,18 @@ def _same(what: str, predicted: torch.Tensor, tokens: list[int], served: list[fl
         raise Mismatch(f"{what} off by {[round(value, 5) for value in difference.tolist()]} for tokens {tokens}")
 
 
-def _same_ratios(predicted: torch.Tensor, offered: list[dict[str, float]], tokens: list[int]) -> None:
-    """Under a grammar vLLM renormalises over what it allows: only differences between offered tokens are comparable."""
+def _same_ratios(predicted: torch.Tensor, offered: list[dict[str, float]], tokens: list[int]) -> int:
+    """Under a grammar vLLM renormalises over what it allows: only differences between offered tokens are comparable.
+
+    The number of tokens that there was another for.
+    """
+    compared = 0
     for row, offer, token in zip(predicted, offered, tokens, strict=True):
-        for other, value in offer.items():
-            if math.isfinite(value):
+        allowed = {other: value for other, value in offer.items() if value != -math.inf}
+        compared += len(allowed) > 1
+        for other, value in allowed.items():
+            if other != str(token):
                 served, expected = value - offer[str(token)], (row[int(other)] - row[token]).item()
                 if not abs(served - expected) <= 2 * TOLERANCE:
                     raise Mismatch(f"under a grammar, {other} against {token}: {served}, expected {expected}")
+    return compared

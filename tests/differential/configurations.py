@@ -57,7 +57,7 @@ def draw(seed: int) -> Configuration:
     return Configuration(
         shape=shape,
         runner=runner,
-        traced=parallel == "none" and roll.random() < 0.15,
+        compiled=parallel == "none" and roll.random() < 0.15,
         processes=parallel != "none" or roll.random() < 0.05,
         llm=llm,
         steer=steer,

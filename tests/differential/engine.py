@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,8 @@ from .case import MODEL_LEN, Case, Configuration
 HERE = Path(__file__).parent
 LONGEST = 300
 """Seconds after which an engine that does not answer is taken to hang."""
+ENDS_WITHIN = 5
+"""Seconds that an engine has to end its own processes."""
 
 
 class EngineDied(Exception):
@@ -46,9 +50,13 @@ class Engine:
     def close(self) -> None:
         """End the process."""
         if self._process is not None:
-            self._to.close()
-            self._from.close()
-            self._process.kill()
+            for pipe in (self._to, self._from):
+                with contextlib.suppress(OSError):
+                    pipe.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(ENDS_WITHIN)  # nothing more to read is its sign to end
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # its workers too
             self._process.wait()
             self._process = None
             self._log.seek(0)
@@ -93,10 +101,11 @@ def environment(configuration: Configuration) -> dict[str, str]:
         kept = {name: values[name] for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "PYTHONPATH") if name in values}
         values |= V2.env | kept
         values["PYTHONPATH"] = os.pathsep.join(filter(None, (V2.env["PYTHONPATH"], kept.get("PYTHONPATH"))))
-    if configuration.traced:
-        values["VLLM_CPU_CI_ENV"] = "1"  # traces the graph and generates no code
+        if configuration.compiled:
+            values["VLLM_CPU_CI_ENV"] = "1"  # no code is generated; on V1 this mode of vLLM's corrupts memory
     if {"tensor_parallel_size", "pipeline_parallel_size"} & set(configuration.llm):
-        values["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+        cores = sorted(os.sched_getaffinity(0))
+        values["VLLM_CPU_OMP_THREADS_BIND"] = f"{cores[0]}|{cores[-1]}"
     return values
 
 
@@ -107,6 +116,6 @@ def arguments(configuration: Configuration) -> dict[str, Any]:
         "gpu_memory_utilization": 0.1,
         "max_model_len": MODEL_LEN,
         "seed": 0,
-        "enforce_eager": not configuration.traced,
+        "enforce_eager": not configuration.compiled,
         **configuration.llm,
     }

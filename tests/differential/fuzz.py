@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def fuzz(first: int, seconds: float, examples: int, folder: Path) -> int:
-    """Run for about that long; the number of configurations that failed, at most 1."""
+    """Run for about that long; 1 when a configuration failed, else 0."""
     record = folder / f"record-{first}.jsonl"
     end = time.monotonic() + seconds
     seed, failed = first, 0

@@ -65,7 +65,7 @@ def simplify(case: Case, folder: Path) -> Case:
 
 def _simpler(configuration: Configuration) -> Iterator[Callable[[Configuration], Configuration]]:
     plain = Configuration()
-    for name in ("runner", "traced", "processes"):
+    for name in ("runner", "compiled", "processes"):
         yield lambda now, name=name: now.model_copy(update={name: getattr(plain, name)})
     yield lambda now: now.model_copy(update={"shape": plain.shape})
     for key in configuration.llm:

@@ -15,6 +15,9 @@ from .case import Artifact, Ask, Case, Change, Configuration, Prompt, Request
 PLAIN_POSITIONS = ("all", "prompt", "generated", "response")
 REFT_POSITIONS = ("f1+l1", "f3+l2", "f7+l7", "f2+l1")
 
+LATER = 25
+"""Steps by which a second turn comes later, so that the first has mostly ended."""
+
 _steps = st.one_of(st.just(0), st.integers(0, 30))
 
 
@@ -70,25 +73,26 @@ def sampling(configuration: Configuration) -> st.SearchStrategy[dict[str, Any]]:
     kinds: list[dict[str, Any]] = [
         greedy,
         greedy,
-        {"temperature": 1.0, "n": 3},
         {"temperature": 0.0, "stop": ["e"]},
         {"temperature": 0.0, "prompt_logprobs": 0},
     ]
     speculative = "speculative_config" in configuration.llm
     if not speculative:  # not offered with it
         kinds += [
+            {"temperature": 1.0, "n": 3},
             {"temperature": 1.0, "presence_penalty": 0.7, "frequency_penalty": 0.3, "repetition_penalty": 1.2},
             {"temperature": 0.0, "logit_bias": {"11": 4.0, "12": -4.0}},
             {"temperature": 0.0, "min_tokens": 1, "ignore_eos": False},
         ]
-    # What ends vLLM's own engine on a CPU is left out: on V1 seeds of prompts that come in pieces, and top_k beside
-    # speculation; on V2 what Triton's interpreter cannot run, grammars and top_k.
+    # What fails in vLLM's own code on a CPU is left out: on V1 seeds of prompts that come in pieces, and whatever
+    # samples beside speculation; on V2 what Triton's interpreter cannot run, grammars and top_k.
     if configuration.runner == "v2":
         kinds.append({"temperature": 1.0, "seed": 3})
+    elif speculative:
+        kinds.append({"temperature": 0.0, "regex": "[a-z ]{3,20}", "logprobs": 4})
     else:
         kinds.append({"temperature": 1.0, "regex": "[a-z ]{3,20}", "logprobs": 4})
-        if not speculative:
-            kinds.append({"temperature": 0.8, "top_p": 0.9, "top_k": 20})
+        kinds.append({"temperature": 0.8, "top_p": 0.9, "top_k": 20})
     lengths = st.sampled_from([1, 2, 5, 9, 20])
     return st.builds(lambda kind, length: {**kind, "max_tokens": length}, st.sampled_from(kinds), lengths)
 
@@ -107,7 +111,7 @@ def cases(draw: st.DrawFn, configuration: Configuration) -> Case:
             start = draw(st.integers(1, max(1, len(prompt.tokens()) - 1)))
         requests.append(
             Request(
-                at=draw(_steps),
+                at=draw(_steps) + (0 if prompt.follows is None else LATER),
                 prompt=prompt,
                 asks=wanted,
                 params=params,

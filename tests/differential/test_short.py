@@ -8,17 +8,22 @@ from . import configurations
 from .hunt import hunt
 
 SEEDS = {
-    6: "V1, pieces of 17 tokens, preemption, scheduled ahead",
-    9: "V2, preemption",
-    10: "sliding windows beside full attention",
+    3: "V1 compiled, pieces of 5 tokens",
+    6: "V1, pieces of 17 tokens, scheduled ahead; prefix cache",
+    9: "V2; prefix cache",
+    10: "sliding windows beside full attention; prefix cache",
+    18: "n-gram speculation",
 }
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_request_is_exact(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     count = hunt(seed, 12, tmp_path_factory.mktemp("differential"))
-    assert count.steered > 10
-    assert count.tokens > 50
+    assert count.steered > 20
+    assert count.tokens > 200
+    assert min(count.turns, count.cancelled, count.preempted) > 0
+    assert (count.cached > 0) == ("prefix cache" in SEEDS[seed])
+    assert (count.drafted > 0) == ("speculation" in SEEDS[seed])
 
 
 def test_drawing_is_repeatable() -> None:

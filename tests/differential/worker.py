@@ -50,16 +50,19 @@ class Player:
                 raise RuntimeError(f"no output for {IDLE_STEPS} steps; in flight: {sorted(self.asked)}")
             step += 1
         self._settle()
+        for result in self.results:
+            result["choices"] = [choice for _, choice in sorted(result.get("choices", {}).items())]
         self.llm.load_intervention("last", self.folders[0])  # unloading it frees what was in use at its own unloading
         for entry in self.llm.interventions:
             self.llm.unload_intervention(entry.name)
-        self.engine.reset_prefix_cache()
-        left = self.llm._engine._ask("steer_facts")["admission"]
-        return {"results": self.results, "left": left, "steps": step}
+        if not self.engine.reset_prefix_cache():
+            raise RuntimeError("blocks are still in use")
+        facts = self.llm._engine._ask("steer_facts")
+        return {"results": self.results, "left": [facts["admission"], *facts["ranks"]], "steps": step}
 
     def _change(self, change: dict[str, Any]) -> None:
         if change["do"] == "reset_cache":
-            self.engine.reset_prefix_cache()
+            self.engine.reset_prefix_cache(reset_running_requests=True)  # else nothing happens while one runs
         elif change["do"] == "load":
             self.llm.load_intervention(change["name"], self.folders[change["artifact"]], replace=True)
         elif change["name"] in {entry.name for entry in self.llm.interventions}:
@@ -67,7 +70,7 @@ class Player:
 
     def _enter(self, number: int, step: int) -> None:
         request, result = self.case["requests"][number], self.results[number]
-        result |= {"prompt": self._prompt(number, request), "choices": []}
+        result |= {"prompt": self._prompt(number, request), "choices": {}}
         params = sampling_params(request["params"])
         config = self.llm._facts.config
         try:
@@ -105,7 +108,8 @@ class Player:
         turn: list[int] = []
         if follows is not None and follows not in self.asked and self.results[follows].get("choices"):
             earlier = self.results[follows]
-            turn = earlier["prompt"] + earlier["choices"][0]["tokens"]
+            turn = earlier["prompt"] + next(iter(earlier["choices"].values()))["tokens"]
+            self.results[number]["turn"] = 2
         room = self.case["model_len"] - request["params"]["max_tokens"] - 1
         return (turn + request["tokens"])[:room]
 
@@ -125,7 +129,7 @@ class Player:
         outputs = self.engine.step()
         for output in outputs:
             number = int(output.request_id)
-            self.results[number] |= outcome(output)
+            record(output, self.results[number])
             if output.finished:
                 self.asked.pop(number, None)
                 self.deadlines.pop(number, None)
@@ -151,24 +155,25 @@ def sampling_params(values: dict[str, Any]) -> Any:
     return SamplingParams(**values)
 
 
-def outcome(output: Any) -> dict[str, Any]:
-    """What was served so far."""
+def record(output: Any, result: dict[str, Any]) -> None:
+    """What was served so far. Of several choices an output has those that grew."""
     prompt = output.prompt_logprobs
-    return {
-        "finished": output.finished,
-        "cached": output.num_cached_tokens,
-        "prompt_logprobs": prompt
-        and [at[token].logprob for at, token in zip(prompt[1:], output.prompt_token_ids[1:], strict=True)],
-        "choices": [
-            {
-                "tokens": list(made.token_ids),
-                "logprobs": [at[token].logprob for at, token in zip(made.logprobs, made.token_ids, strict=True)],
-                "others": [{token: value.logprob for token, value in at.items()} for at in made.logprobs],
-                "finish": made.finish_reason,
-            }
-            for made in output.outputs
-        ],
-    }
+    result["finished"] = output.finished
+    result["cached"] = output.num_cached_tokens
+    if prompt is not None:
+        scored = zip(prompt[1:], output.prompt_token_ids[1:], strict=True)
+        result["prompt_logprobs"] = [at[token].logprob for at, token in scored]
+    for made in output.outputs:
+        before = len(result["choices"].get(made.index, {"tokens": ()})["tokens"])
+        result["drafted"] = result.get("drafted", 0) + max(0, len(made.token_ids) - before - 1)  # a step makes one
+        rows = made.logprobs or []
+        result["choices"][made.index] = {
+            "tokens": list(made.token_ids),
+            "text": made.text,
+            "logprobs": [at[token].logprob for at, token in zip(rows, made.token_ids, strict=True)],
+            "others": [{token: value.logprob for token, value in at.items()} for at in rows],
+            "finish": made.finish_reason,
+        }
 
 
 def count_preemptions(llm: LLM) -> list[str]:

@@ -96,7 +96,8 @@ def launch(engine: Engine, folder: Path, script: Path, job: Any, *, plain: bool 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.json").write_text(json.dumps(job))
     env = {**os.environ, **engine.env, **({"VLLM_PLUGINS": ""} if plain else {})}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (env.get("PYTHONPATH"), str(HERE.parent))))
+    paths = (engine.env.get("PYTHONPATH"), str(HERE.parent), os.environ.get("PYTHONPATH"))
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [sys.executable, str(script), str(folder / "job.json"), str(folder / "result.json")]
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -56,13 +56,16 @@ def check_sampled(
     They are the model's own: before biases, penalties, masks and temperature, as vLLM reports them by default.
     """
     prompt, start = request["tokens"], request.get("response_start")
+    assert ("prompt_logprobs" in request["params"]) == (result["prompt_logprobs"] is not None)
     asks = request.get("interventions") or []
     for choice in result["choices"]:
         made = choice["tokens"]
         predicted = logprobs(model, prompt + made, asks, interventions, start or len(prompt))
         following = torch.tensor((prompt + made)[1:])
         expected = predicted[torch.arange(len(following)), following]
-        found = torch.tensor((result["prompt_logprobs"] or expected[: len(prompt) - 1].tolist()) + choice["logprobs"])
+        if result["prompt_logprobs"] is None:
+            expected = expected[len(prompt) - 1 :]
+        found = torch.tensor((result["prompt_logprobs"] or []) + choice["logprobs"])
         difference = (expected - found).abs().max().item()
         assert difference < TOLERANCE, (difference, request)
 

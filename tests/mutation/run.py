@@ -1,6 +1,7 @@
 """Puts each deliberate fault into a copy of the tree and runs the tests that must notice: `make mutants`.
 
-The tests pass without the fault, so a failure with it is its detection; a mutant that survives is a hole in the tests.
+First the tests run on a copy without a fault, where they must pass: only then is a failure with it its detection. A
+mutant that survives is a hole in the tests.
 """
 
 from __future__ import annotations
@@ -20,28 +21,39 @@ import conftest
 from .mutant import Mutant
 from .mutants import MUTANTS
 
+FAILED, PASSED = "failed", "passed"
+BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="mutation.run")
-    parser.add_argument("names", nargs="*", help="only these")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"only these: {', '.join(BY_NAME)}")
     names = parser.parse_args().names
-    chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    if unknown := set(names) - set(BY_NAME):
+        parser.error(f"no such mutant: {', '.join(sorted(unknown))}")
+    chosen = [BY_NAME[name] for name in names] or list(MUTANTS)
+    for killer in sorted({killer for mutant in chosen for killer in mutant.killers}):
+        if (result := run(None, killer)) != PASSED:
+            print(f"without any fault, {killer} {result}")
+            return 2
     survivors = 0
     for mutant in chosen:
         for killer in mutant.killers:
             started = time.monotonic()
-            verdict = run(mutant, killer)
-            survivors += verdict != "killed"
+            result = run(mutant, killer)
+            survivors += result != FAILED
+            verdict = {FAILED: "killed", PASSED: "SURVIVED"}.get(result, result)
             print(f"{mutant.name}: {verdict} by {killer} ({time.monotonic() - started:.0f} s)", flush=True)
     print(f"{len(chosen)} mutants, {survivors} not killed")
     return 1 if survivors else 0
 
 
-def run(mutant: Mutant, killer: str) -> str:
-    """ "killed", or what happened instead. A test that cannot be collected has noticed nothing."""
+def run(mutant: Mutant | None, killer: str) -> str:
+    """What became of the test on a copy with that fault. A test that cannot be collected has noticed nothing."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         root = copy(Path(folder))
-        mutant.apply(root)
+        if mutant is not None:
+            mutant.apply(root)
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", killer],
             cwd=root,
@@ -51,10 +63,10 @@ def run(mutant: Mutant, killer: str) -> str:
             check=False,
         )
     if done.returncode == 1 and re.search(r"\d+ failed", done.stdout):
-        return "killed"
+        return FAILED
     if done.returncode == 0:
-        return "SURVIVED"
-    return f"NOT RUN (exit {done.returncode})\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        return PASSED
+    return f"was not run (exit {done.returncode})\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
 
 
 def copy(folder: Path) -> Path:
