@@ -24,8 +24,8 @@ _HEAD = """# Model families
 Each row is a tiny model of random weights, served by vLLM in float32 in one mixed batch: every site with additive and
 low-rank edits (at the attention output also head offsets), on prompts and while decoding, composed and scaled, beside
 requests without any. *Exact* means: the tokens of transformers with `steer_vllm.hf.steered`, its log-probabilities
-within 1e-4, and for unsteered requests those of vLLM without the plugin to the last bit. A model that is not
-listed is bound by the same rules, or refused with the layer, the site and the reason.
+within 1e-4, and on V1 in one rank for unsteered requests those of vLLM without the plugin to the last bit. A model
+that is not listed is bound by the same rules, or refused with the layer, the site and the reason.
 
 Written by `python -m families.table` in the folder `tests` and checked by `tests/families`.
 
