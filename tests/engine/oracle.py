@@ -77,8 +77,10 @@ def check(
     interventions: dict[str, Intervention],
     **inputs: torch.Tensor,
 ) -> None:
-    """Same greedy tokens, same log-probabilities."""
+    """As many greedy tokens as were asked for, the same ones, with the same log-probabilities."""
     prompt, made = result["prompt"], result["tokens"]
+    assert made, request
+    assert len(made) == request.get("params", {}).get("max_tokens", len(made)), request
     asks = request.get("interventions") or []
     predicted = logprobs(model, prompt + made, asks, interventions, len(prompt), **inputs)
     predicted = predicted[len(prompt) - 1 : -1]

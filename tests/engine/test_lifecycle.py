@@ -82,7 +82,6 @@ def scenes(
 def exact(asked: list[dict[str, Any]], got: list[Any], interventions: dict[str, Intervention]) -> None:
     model = oracle.load(str(MODEL_PATH))
     for request, result in zip(asked, got, strict=True):
-        assert len(result["tokens"]) == request["params"]["max_tokens"], (request, result)
         oracle.check(model, request, result, interventions)
 
 
