@@ -7,8 +7,7 @@ Knows JSON and vLLM's field names; which names are loaded is not known here.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,9 @@ STEERABLE = frozenset({"/v1/chat/completions", "/v1/completions"})
 
 _ANY_BASE = "base:"
 _FIELDS = ("interventions", "response_start")
-_FORM_FIELDS = re.compile(rb'name="?(?:interventions|response_start)\b|' + EXTRA_ARG.encode())
+_FORM_FIELDS = (*_FIELDS, "vllm_xargs")
+"""Refused in a form whatever they hold: vLLM reads `vllm_xargs` there as JSON text of its own."""
+
 _OFF: tuple[object, ...] = (None, False)
 """What leaves a flag off. Anything else counts as on, since vLLM reads some text and numbers as true."""
 
@@ -112,15 +113,23 @@ def refuse_forged(value: Any) -> None:
             raise InvalidIntervention(f"{key}: reserved for the server, ask with `interventions`", param=key[:100])
 
 
+def refuse_form(fields: Mapping[str, Any], path: str, base_names: Sequence[str]) -> None:
+    """For forms, which cannot ask for interventions. Errors: `Unsupported`, `InvalidIntervention` when one does."""
+    refuse_forged(dict(fields))
+    for field in _FORM_FIELDS:
+        if field in fields:
+            raise _unsupported(path, field)
+    if split_alias(fields.get("model"), base_names):
+        raise _unsupported(path, "model")
+
+
 def refuse_steering(content: bytes, path: str, base_names: Sequence[str]) -> None:
     """For paths that cannot honour interventions. Errors: `Unsupported`, `InvalidIntervention` when the body asks."""
     try:
         body = json.loads(content)
     except RecursionError as error:
         raise UserError("the request body is nested too deeply") from error
-    except ValueError:  # a form, an upload, or nothing that vLLM could read either
-        if _FORM_FIELDS.search(content):
-            raise _unsupported(path, "interventions") from None
+    except ValueError:  # a form, or nothing that vLLM could read either
         return
     refuse_forged(body)
     for item in body if isinstance(body, list) else [body]:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import EngineUnavailable, NoRows, SteerError
 from . import body as bodies
+from . import forms
 from .answers import error_answer
 from .asked import asked_model
 from .front import Decision, Front
@@ -90,7 +91,8 @@ class SteerMiddleware:
         if scope["method"] == "POST" and path in bodies.STEERABLE:
             await self._steer(front, path, content, inbox, scope, send)
         else:
-            bodies.refuse_steering(content, path, front.base_names)
+            bodies.refuse_form(await forms.read(scope, content), path, front.base_names)
+            bodies.refuse_steering(content, path, front.base_names)  # of forms too: some bodies are both
             await self.app(scope, inbox.replay(content), send)
 
     async def _steer(self, front: Front, path: str, content: bytes, inbox: Inbox, scope: Scope, send: Send) -> None:

@@ -45,6 +45,16 @@ class Steering:
         rows = [[c.digest, c.scale, str(c.positions)] for c in self.components]
         return json.dumps({"components": rows, "response_start": self.response_start}, separators=(",", ":"))
 
+    def check_limits(self, config: SteerConfig) -> None:
+        """Errors: `TooManyInterventions`; `ScaleOutOfRange`, also for one intervention's scales together."""
+        _check_count(len(self.components), config)
+        totals: dict[str, float] = {}
+        for component in self.components:
+            check_scale(component.scale, config.max_scale)
+            totals[component.digest] = totals.get(component.digest, 0.0) + component.scale
+        for total in totals.values():
+            check_scale(total, config.max_scale, "interventions: the scales of one intervention together")
+
     def check_prompt(self, prompt_len: int) -> None:
         """Errors: `InvalidIntervention` when the answer would begin behind a prompt of that many tokens."""
         if self.response_start is not None and self.response_start > prompt_len:
@@ -122,14 +132,10 @@ def bind(
     for positions that the artifact cannot take; `Unsupported` for scored text whose answer's start is not given.
     """
     check_response_start(response_start)
-    if len(asks) > config.per_request:
-        raise TooManyInterventions(
-            f"{len(asks)} interventions on one request, at most {config.per_request} are served", param="interventions"
-        )
+    _check_count(len(asks), config)  # before names are looked up
     components = tuple(_component(ask, lookup(ask.name), config, f"interventions[{i}]") for i, ask in enumerate(asks))
-    for digest in {component.digest for component in components}:
-        total = sum(component.scale for component in components if component.digest == digest)
-        check_scale(total, config.max_scale, "interventions: the scales of one intervention together")
+    steering = Steering(components, response_start)
+    steering.check_limits(config)
     if scored and response_start is None:
         unclear = [ask.name for ask, part in zip(asks, components, strict=True) if part.positions.needs_prompt_end]
         if unclear:
@@ -138,7 +144,14 @@ def bind(
                 "prompt_logprobs) does not tell: give response_start, the token index of the answer",
                 param="response_start",
             )
-    return Steering(components, response_start) if components else None
+    return steering if components else None
+
+
+def _check_count(count: int, config: SteerConfig) -> None:
+    if count > config.per_request:
+        raise TooManyInterventions(
+            f"{count} interventions on one request, at most {config.per_request} are served", param="interventions"
+        )
 
 
 def _component(ask: Ask, entry: Entry, config: SteerConfig, where: str) -> Component:

@@ -47,9 +47,10 @@ class Admission:
 
         Errors: `ArtifactInvalid` for content that is not loaded, `NoRows`, `InvalidIntervention` for a response_start
         beyond the prompt or positions that need other edits, `Unsupported` for an adapter that `pair` was not called
-        with, and those of `plan.needs`. Nothing is pinned then.
+        with, and those of `Steering.check_limits` and `plan.needs`. Nothing is pinned then.
         """
         start = steering.response_start
+        steering.check_limits(self.config)
         steering.check_prompt(prompt_len)
         with self._lock:
             digests = frozenset(component.digest for component in steering.components)

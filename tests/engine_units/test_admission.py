@@ -21,7 +21,7 @@ from steer_vllm.positions import OPEN, Positions
 from steer_vllm.request import Steering
 from steer_vllm.segments import Component, Term
 
-CONFIG = SteerConfig(additive_rows=2, low_rank_rows=1, max_rank=4, per_request=2)
+CONFIG = SteerConfig(additive_rows=2, low_rank_rows=1, max_rank=4, per_request=2, max_scale=1e4)
 SUMMARIES = [
     Summary("add", (PartSummary(True, 0, 1.0),)),
     Summary("two", (PartSummary(True, 0, 1.0),)),
@@ -114,6 +114,23 @@ def test_what_is_refused_pins_nothing(admission: Admission, steering: Steering, 
         admission.admit(steering, 5)
     assert counts(admission) == NOTHING
     assert admission.close("add"), "nothing uses it"
+
+
+@pytest.mark.parametrize(
+    ("parts", "error"),
+    [
+        ([("add", 8.5)], ScaleOutOfRange),
+        ([("add", 5.0), ("add", 5.0)], ScaleOutOfRange),
+        ([("add",)] * 3, TooManyInterventions),
+    ],
+)
+def test_the_operators_limits_hold_here_too(parts: list[tuple[Any, ...]], error: type[SteerError]) -> None:
+    """Invariant: what never passed the front gets no more than the front would have given."""
+    admission = opened(SteerConfig(per_request=2, max_scale=8.0))
+    with pytest.raises(error):
+        admission.admit(asks(*parts), 5)
+    assert counts(admission) == NOTHING
+    admission.admit(asks(("add", 8.0), ("two", -8.0)), 5)
 
 
 def test_no_rows_leaves_nothing_pinned() -> None:

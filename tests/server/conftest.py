@@ -217,6 +217,12 @@ def app_of(front: Front | None) -> FastAPI:
         app.post(path)(infer)
     app.post("/inference/v1/generate")(infer)
 
+    @app.post("/v1/audio/transcriptions")
+    async def transcribe(request: Request) -> str:
+        async with request.form() as form:
+            app.state.bodies.append({k: v if isinstance(v, str) else await v.read() for k, v in form.items()})
+        return "ok"
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [{"id": "tiny", "object": "model", "max_model_len": 7, "parent": None}]}
