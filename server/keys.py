@@ -13,7 +13,48 @@ from ..errors import AdminRequired, InvalidKey
 OPEN_PATHS = frozenset({"/health"})
 """Answered without a key: load balancers have none. /metrics is not among them, since it names interventions."""
 
-ADMIN_PATHS = frozenset({"/v1/load_intervention", "/v1/unload_intervention"})
+OPERATOR_PATHS = frozenset(
+    {
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+        "/adapters",
+        "/collective_rpc",
+        "/server_info",
+        "/reset_prefix_cache",
+        "/reset_mm_cache",
+        "/reset_encoder_cache",
+        "/sleep",
+        "/wake_up",
+        "/is_sleeping",
+        "/release_kv_cache_memory",
+        "/pause",
+        "/resume",
+        "/is_paused",
+        "/abort_requests",
+        "/init_weight_transfer_engine",
+        "/shutdown_weight_transfer_engine",
+        "/start_weight_update",
+        "/start_draft_weight_update",
+        "/update_weights",
+        "/finish_weight_update",
+        "/update_weight_version",
+        "/weight_info",
+        "/weight_checker",
+        "/get_world_size",
+        "/start_profile",
+        "/stop_profile",
+        "/scale_elastic_ep",
+        "/is_scaling_elastic_ep",
+        "/fault_tolerance/apply",
+        "/fault_tolerance/status",
+    }
+)
+"""vLLM's routes that change, stop or show the engine for everyone. Most are there only in its development mode."""
+
+ADMIN_PATHS = frozenset({"/v1/load_intervention", "/v1/unload_intervention"}) | OPERATOR_PATHS
+
+_ADMIN_FOLDERS = ("/adapters/",)
+"""What is below them is for the admin key too."""
 
 
 class Keys:
@@ -32,7 +73,7 @@ class Keys:
             return
         if self._api is not None and not hmac.compare_digest(given, self._api):
             raise InvalidKey("a valid API key is needed: Authorization: Bearer <key>")
-        if path in ADMIN_PATHS:
+        if path in ADMIN_PATHS or path.startswith(_ADMIN_FOLDERS):
             raise AdminRequired(f"{path} needs the admin key, which the server is given at its start")
 
 

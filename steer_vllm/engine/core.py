@@ -129,7 +129,7 @@ def _patch_free(scheduler: Any) -> None:
 
 def _ask_ranks(core: Any, method: str, *args: Any) -> tuple[Answer, list[Answer]]:
     """Call a worker method on every rank: the worst answer, and all of them."""
-    answers = core.collective_rpc(method, args=args)
+    answers = core.collective_rpc(weights.Own(method), args=args)
     order = ("failed", "undone", "busy", "ready", "done")
     return min(answers, key=lambda answer: order.index(answer["state"])), answers
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from ..errors import EngineUnavailable
+from ..errors import EngineUnavailable, Unsupported
 from ..plan import PartSummary, merge
 from .admission import Admission
 from .answer import Answer
@@ -19,20 +19,31 @@ AskRanks = Callable[..., tuple[Answer, list[Answer]]]
 OURS = "steer_"
 
 
+class Own(str):
+    """The name of a worker method in a call of the core's own; what a client sends is never of this class."""
+
+    __slots__ = ()
+
+
 def install(engine_core: Any, ask_ranks: AskRanks) -> None:
     """Ledger: replaces `EngineCore.collective_rpc`.
 
     What: a call that is not ours is followed by compiling every head offset again, on all ranks, before the next step.
     Why: u = W_o v belongs to the weights it was computed with, and the core's main loop is the one place that knows
-    that such a call has ended on every rank and that no step runs. Since 0.26. Can go when vLLM tells plugins of new
+    that such a call has ended on every rank and that no step runs. Our own methods are refused to anyone else: they
+    would change what the ranks hold behind the core's book. Since 0.26. Can go when vLLM tells plugins of new
     weights.
     """
     collective_rpc = engine_core.collective_rpc
 
     @wraps(collective_rpc)
     def call_and_follow(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(method, Own):
+            return collective_rpc(self, str(method), *args, **kwargs)
+        if isinstance(method, str) and method.startswith(OURS):
+            raise Unsupported(f"collective_rpc: {method[:100]} is called by steer-vllm alone")
         admission: Admission | None = getattr(self, "steering", None)
-        if admission is None or (isinstance(method, str) and method.startswith(OURS)):
+        if admission is None:
             return collective_rpc(self, method, *args, **kwargs)
         try:
             return collective_rpc(self, method, *args, **kwargs)

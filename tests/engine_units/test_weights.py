@@ -12,7 +12,7 @@ from engine_units import test_worker as toys
 
 from steer_vllm.engine import compilation, loader, weights
 from steer_vllm.engine.compilation import Compilation
-from steer_vllm.errors import ArtifactInvalid, EngineUnavailable
+from steer_vllm.errors import ArtifactInvalid, EngineUnavailable, Unsupported
 from steer_vllm.request import Steering
 from steer_vllm.segments import Component
 
@@ -51,7 +51,7 @@ def core(monkeypatch: pytest.MonkeyPatch) -> Core:
     kind = type("PatchedCore", (Core,), {})
 
     def ask(self: Any, method: str, *args: Any) -> Any:
-        answers = self.collective_rpc(method, args=args)
+        answers = self.collective_rpc(weights.Own(method), args=args)
         return answers[0], answers
 
     weights.install(kind, ask)
@@ -80,8 +80,20 @@ def test_offsets_follow(core: Core) -> None:
 
 
 def test_our_own_calls_are_followed_by_nothing(core: Core) -> None:
-    core.collective_rpc("steer_facts")
+    core.collective_rpc(weights.Own("steer_facts"))
     assert core.called == ["steer_facts"]
+    assert type(core.called[0]) is str, "vLLM gets text, and not a class of ours"
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_nobody_else_calls_our_methods(core: Core, started: bool) -> None:
+    """Invariant: what the ranks hold changes only with the core's book."""
+    if not started:
+        del core.steering
+    for method in ("steer_free", "steer_reproject", "steer_"):
+        with pytest.raises(Unsupported, match=f"{method} is called by steer-vllm alone"):
+            core.collective_rpc(method, args=("d" * 64,))
+    assert core.called == []
 
 
 def test_before_a_front_has_asked_there_is_nothing_to_follow(core: Core) -> None:

@@ -13,7 +13,7 @@ from httpx import AsyncClient
 
 from steer_vllm.request import Steering
 from steer_vllm.server.front import Front
-from steer_vllm.server.keys import Keys
+from steer_vllm.server.keys import OPERATOR_PATHS, Keys
 
 from .conftest import ADMIN, Make, app_of, assert_idle, client_of, fill, lofit
 
@@ -408,6 +408,13 @@ class TestKeys:
         for path in ("/v1/load_intervention", "/v1/unload_intervention"):
             refused(await guarded.post(path, json={}, headers=api), 403, "admin_required")
             refused(await guarded.post(path, json={}, headers=ADMIN), 400, "invalid_intervention")
+
+    @pytest.mark.parametrize("path", [*sorted(OPERATOR_PATHS), "/adapters/mine"])
+    async def test_what_changes_the_engine_for_everyone(self, guarded: AsyncClient, path: str) -> None:
+        api = {"Authorization": "Bearer the-api-key"}
+        for method in ("GET", "POST", "DELETE"):
+            refused(await guarded.request(method, path, headers=api), 403, "admin_required")
+            assert (await guarded.request(method, path, headers=ADMIN)).status_code == 404  # as far as vLLM
 
 
 async def test_admin_paths_are_closed_without_an_admin_key(build: Callable[..., Front], make: Make) -> None:
