@@ -8,20 +8,13 @@ Only workers hold both, so they are asked; requests carry an adapter as vLLM's `
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import ModelNotFound, Unsupported
+from .admission import Adapter
 from .answer import Answer
 from .client import AsyncEngine
 from .worker import WorkerSteering
-
-
-class Adapter(NamedTuple):
-    """What tells one adapter from another: vLLM's cache keys hold its name and path, its tables the number."""
-
-    name: str
-    number: int
-    path: str
 
 
 def identity(lora_request: Any) -> Adapter:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 from ..config import SteerConfig
 from ..errors import ArtifactInvalid, InvalidIntervention, NoRows, Unsupported
@@ -25,6 +25,14 @@ _Pin = tuple[frozenset[str], tuple[Content, ...], tuple[Content, ...]]
 """What a request holds: digests, additive contents, low-rank contents."""
 
 
+class Adapter(NamedTuple):
+    """What tells one LoRA from another: vLLM's cache keys hold its name and path, its tables the number."""
+
+    name: str
+    number: int
+    path: str
+
+
 class Admission:
     """Plans for requests, users of digests and rows."""
 
@@ -37,12 +45,13 @@ class Admission:
         self._unfit: dict[str, str] = {}
         self._users: Counter[str] = Counter()
         self._pins: dict[int, _Pin] = {}
-        self._adapters: dict[str, set[Hashable]] = {}
+        self._adapters: dict[str, set[Adapter]] = {}
+        self._restless: set[int] = set()
         self._tickets = itertools.count(1)
         self._additive = RowLedger(config.additive_table_rows - 1, "additive")
         self._low_rank = RowLedger(config.low_rank_table_rows - 1, "low-rank")
 
-    def admit(self, steering: Steering, prompt_len: int, adapter: Hashable | None = None) -> Plan:
+    def admit(self, steering: Steering, prompt_len: int, adapter: Adapter | None = None) -> Plan:
         """Pin what the request needs and say where it is, until its plan is released. adapter: its LoRA, if any.
 
         Errors: `ArtifactInvalid` for content that is not loaded, `NoRows`, `InvalidIntervention` for a response_start
@@ -117,22 +126,32 @@ class Admission:
         with self._lock:
             return "absent" if digest not in self._loaded else "closing" if digest in self._closing else "open"
 
-    def pair(self, adapter: Hashable, digest: str) -> None:
-        """The workers say that this adapter beside this content is exact: requests may use both."""
+    def pair(self, adapter: Adapter, digest: str) -> None:
+        """The workers say that this adapter beside this content is exact: requests may use both.
+
+        Errors: `Unsupported` when the adapter may change at any time.
+        """
         with self._lock:
+            if adapter.number in self._restless:
+                raise Unsupported(f"{adapter} is being loaded in place, so its weights may change at any step")
             if digest in self._loaded:
                 self._adapters.setdefault(digest, set()).add(adapter)
 
-    def paired(self, adapter: Hashable, digest: str) -> bool:
+    def paired(self, adapter: Adapter, digest: str) -> bool:
         """Whether `pair` was called with them."""
         with self._lock:
             return adapter in self._adapters.get(digest, ())
 
-    def unpair(self, adapter: Hashable) -> None:
-        """The adapter's weights are read again: what the workers said of it no longer holds."""
+    def unpair(self, number: int, *, restless: bool = False) -> None:
+        """The adapter of this number is another now, or gone: what the workers said of it no longer holds.
+
+        restless: it may change again, since a request loads it in place, at steps that nobody tells, or a load is on
+        its way: no pair with it until the engine has loaded or removed it.
+        """
         with self._lock:
-            for adapters in self._adapters.values():
-                adapters.discard(adapter)
+            (self._restless.add if restless else self._restless.discard)(number)
+            for digest, adapters in self._adapters.items():
+                self._adapters[digest] = {adapter for adapter in adapters if adapter.number != number}
 
     def reopen(self, digest: str) -> Summary | None:
         """The summary of content that is held, which requests may name again; None when it is not held.

@@ -9,7 +9,7 @@ from functools import wraps
 from typing import Any
 
 from ..segments import block_key
-from .core import plan_of
+from .lifetimes import plan_of
 
 
 def install() -> None:

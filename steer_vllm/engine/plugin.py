@@ -17,9 +17,10 @@ def register() -> None:
     global _registered
     if _registered:
         return
-    from . import cache_keys, core, intake, names, requirements, runner_v1, runner_v2, sleep, worker_methods
+    from . import cache_keys, core, intake, lifetimes, names, requirements, runner_v1, runner_v2, sleep, worker_methods
 
     requirements.require()
+    lifetimes.install()
     core.install()
     intake.install()
     names.install()

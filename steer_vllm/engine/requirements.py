@@ -72,9 +72,11 @@ SEAMS = (
     Seam("vllm.v1.engine.async_llm", "AsyncLLM.generate", ("self", "prompt", "sampling_params"), "intake.py"),
     Seam("vllm.v1.engine.llm_engine", "LLMEngine.add_request", ("self", "request_id", "prompt", "params"), "intake.py"),
     Seam("vllm.v1.worker.worker_base", "WorkerBase.add_lora", ("self", "lora_request"), "adapters.py"),
-    Seam("vllm.v1.engine.core", "EngineCore.preprocess_add_request", ("self", "request"), "core.py"),
+    Seam("vllm.v1.engine.core", "EngineCore.preprocess_add_request", ("self", "request"), "lifetimes.py"),
+    Seam("vllm.v1.engine.core", "EngineCore.add_lora", ("self", "lora_request"), "lifetimes.py"),
+    Seam("vllm.v1.engine.core", "EngineCore.remove_lora", ("self", "lora_id"), "lifetimes.py"),
     Seam("vllm.v1.engine.core", "EngineCore.collective_rpc", ("self", "method", "timeout", "args"), "weights.py"),
-    Seam("vllm.v1.engine.core", "EngineCoreProc._reject_add_in_shutdown", ("self",), "core.py"),
+    Seam("vllm.v1.engine.core", "EngineCoreProc._reject_add_in_shutdown", ("self",), "lifetimes.py"),
     Seam(
         "vllm.v1.engine.core_client",
         "AsyncMPClient.__init__",
@@ -84,7 +86,7 @@ SEAMS = (
     Seam(
         "vllm.v1.utils", "run_api_server_worker_proc", ("listen_address", "sock", "args", "client_config"), "serve.py"
     ),
-    Seam("vllm.v1.core.sched.scheduler", "Scheduler._free_request", ("self", "request"), "core.py"),
+    Seam("vllm.v1.core.sched.scheduler", "Scheduler._free_request", ("self", "request"), "lifetimes.py"),
     Seam(
         "vllm.v1.engine.core_client",
         "AsyncMPClient._call_utility_async",
@@ -136,11 +138,25 @@ FIELDS = (
     Field(
         "vllm.v1.engine",
         "EngineCoreRequest",
-        ("request_id", "prompt_token_ids", "prompt_embeds", "sampling_params", "lora_request", "resumable"),
-        "core.py",
+        (
+            "request_id",
+            "prompt_token_ids",
+            "prompt_embeds",
+            "sampling_params",
+            "lora_request",
+            "resumable",
+            "mm_features",
+        ),
+        "lifetimes.py",
     ),
-    Field("vllm.v1.engine.core", "EngineCore", ("scheduler", "model_executor", "vllm_config"), "core.py"),
-    Field("vllm.sampling_params", "SamplingParams", ("extra_args",), "core.py"),
+    Field(
+        "vllm.v1.engine.core",
+        "EngineCore",
+        ("scheduler", "model_executor", "vllm_config", "mm_receiver_cache"),
+        "lifetimes.py",
+    ),
+    Field("vllm.lora.request", "LoRARequest", ("lora_name", "lora_int_id", "lora_path", "load_inplace"), "adapters.py"),
+    Field("vllm.sampling_params", "SamplingParams", ("extra_args",), "lifetimes.py"),
     Field("vllm.config", "VllmConfig", ("additional_config",), "settings.py"),
     Field(
         "vllm.model_executor.layers.linear",

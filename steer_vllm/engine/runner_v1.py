@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .core import plan_of
+from .lifetimes import plan_of
 from .worker import StepView, attach
 
 

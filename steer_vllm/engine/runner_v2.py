@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
-from .core import plan_of
+from .lifetimes import plan_of
 from .worker import StepView, WorkerSteering, attach
 
 

@@ -18,8 +18,8 @@ ROUTE = re.compile(r'router\.(?:get|post|put|delete)\(\s*"(/[^"]*)"')
 def routes() -> set[str]:
     """As vLLM's source has them, also those that its settings leave out."""
     spec = find_spec("vllm")
-    assert spec and spec.origin
-    folder = Path(spec.origin).parent / "entrypoints"
+    assert spec is not None
+    folder = Path(str(spec.origin)).parent / "entrypoints"
     return {path for file in folder.rglob("*.py") for path in ROUTE.findall(file.read_text())}
 
 

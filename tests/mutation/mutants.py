@@ -79,7 +79,7 @@ MUTANTS = (
     Mutant(
         "released-early",
         "A request's rows are freed one step before its last",
-        "steer_vllm/engine/core.py",
+        "steer_vllm/engine/lifetimes.py",
         "    scheduler._free_request = free_and_release\n",
         RELEASED_EARLY,
         (CANARY,),

@@ -290,9 +290,7 @@ async def test_forms_cannot_steer(client: AsyncClient, app: FastAPI, fields: dic
         (b"--b\r\nContent-Disposition: form-data; filename*=utf-8''x; name=vllm_xargs\r\n\r\n{}\r\n--b--\r\n", FORM),
     ],
 )
-async def test_forms_are_read_as_vllm_reads_them(
-    client: AsyncClient, app: FastAPI, content: bytes, kind: str
-) -> None:
+async def test_forms_are_read_as_vllm_reads_them(client: AsyncClient, app: FastAPI, content: bytes, kind: str) -> None:
     answer = await client.post(TRANSCRIPTION, content=content, headers={"content-type": kind})
     refused(answer, 400, "unsupported_with_intervention", "vllm_xargs")
     assert not app.state.bodies
