@@ -40,6 +40,11 @@ class Wanted:
     response_start: int | None
     scored: bool
 
+    @property
+    def steers(self) -> bool:
+        """Whether it asks for any intervention."""
+        return self.alias is not None or bool(self.asks)
+
 
 def read(content: bytes) -> dict[str, Any]:
     """A JSON object. Errors: `UserError` (400)."""

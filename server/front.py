@@ -104,15 +104,15 @@ class Front:
 
         Errors: those of `decide` and `enter`; `EngineUnavailable` when names have changed and cannot be fetched.
         """
-        await self.registry.refresh()
-        return self.enter(self.decide(body, path))  # nothing is awaited here, or the contents might be gone
-
-    def decide(self, body: dict[str, Any], path: str) -> Decision:
-        """Rewrite the body of a steerable request for vLLM. Errors: every `UserError` that a request can earn."""
         wanted = bodies.consume(body, path, self.base_names)
+        if not wanted.steers:  # the base model waits for nobody's names
+            return self.enter(Decision(wanted.model if wanted.base else None))
+        await self.registry.refresh()
+        return self.enter(self.decide(body, wanted))  # nothing is awaited here, or the contents might be gone
+
+    def decide(self, body: dict[str, Any], wanted: bodies.Wanted) -> Decision:
+        """Rewrite the body of a request that asks for something. Errors: every `UserError` that it can earn."""
         asks = (Ask(wanted.alias),) if wanted.alias is not None else wanted.asks or ()
-        if not asks:
-            return Decision(wanted.model if wanted.base else None)
         adapter = wanted.model if wanted.base is None else None
         if adapter is not None and (self._adapters is None or adapter not in self._adapters):
             raise ModelNotFound(

@@ -15,15 +15,14 @@ from .edit import Site
 
 @dataclass(frozen=True)
 class LayerModules:
-    """Every site is either in `sites`, or in `missing` with the reason why it could not be bound."""
+    """Every site is either in `sites`, or in `missing` with the reason why it could not be bound.
 
+    block: the layer itself, whether or not its output is a site.
+    """
+
+    block: nn.Module
     sites: Mapping[Site, nn.Module]
     missing: Mapping[Site, str]
-
-    @property
-    def block(self) -> nn.Module:
-        """The layer itself."""
-        return self.sites[Site.BLOCK_OUTPUT]
 
     @property
     def projection(self) -> nn.Module | None:
@@ -40,6 +39,7 @@ def modules(block: nn.Module, projection: nn.Module | str, mlp: nn.Module | str)
     """A layer from what was found for its sites: a module, or why there is none."""
     found = {Site.ATTENTION_OUTPUT: projection, Site.MLP_OUTPUT: mlp, Site.BLOCK_OUTPUT: block}
     return LayerModules(
+        block=block,
         sites={site: module for site, module in found.items() if isinstance(module, nn.Module)},
         missing={site: reason for site, reason in found.items() if isinstance(reason, str)},
     )

@@ -5,14 +5,22 @@ A worker method that raises leaves later replies out of step with their calls, s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
 from ..errors import SteerError
 
 Answer = dict[str, Any]
-"""{"state": "busy" | "ready" | "failed" | "done", ...}: what crosses processes."""
+"""{"state": one of `STATES`, ...}: what crosses processes."""
+
+STATES = ("failed", "undone", "busy", "ready", "done")
+"""From the worst to the best."""
+
+
+def worst_of(answers: Iterable[Answer]) -> Answer:
+    """The answer that stands for all of them: what a rank could not do, the engine could not."""
+    return min(answers, key=lambda answer: STATES.index(answer["state"]))
 
 
 def answered(method: Callable[..., Answer]) -> Callable[..., Answer]:

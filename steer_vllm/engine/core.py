@@ -14,7 +14,7 @@ from ..errors import EngineUnavailable, SteerError, Unsupported
 from ..plan import PartSummary, merge
 from . import adapters, weights
 from .admission import Admission
-from .answer import Answer, answered
+from .answer import Answer, answered, worst_of
 from .lifetimes import admission_of
 
 
@@ -34,8 +34,7 @@ def install() -> None:
 def _ask_ranks(core: Any, method: str, *args: Any) -> tuple[Answer, list[Answer]]:
     """Call a worker method on every rank: the worst answer, and all of them."""
     answers = core.collective_rpc(weights.Own(method), args=args)
-    order = ("failed", "undone", "busy", "ready", "done")
-    return min(answers, key=lambda answer: order.index(answer["state"])), answers
+    return worst_of(answers), answers
 
 
 def _required(core: Any) -> Admission:

@@ -35,9 +35,9 @@ def problems(environment: Mapping[str, str]) -> list[str]:
     if unseen:
         return [f"{', '.join(unseen)} without steer_vllm: install the package, a source folder alone is not seen"]
     from .requirements import problems as unmet
-    from .serve import refused_variables
+    from .variables import refused
 
-    return [*unmet(), *refused_variables(environment)]
+    return [*unmet(), *refused(environment)]
 
 
 def states() -> list[tuple[str, str]]:

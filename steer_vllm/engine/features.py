@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .refusals import FOUND_IN_THE_MODEL, REFUSALS
+from .refusals import REFUSALS
 
 
 class Feature(NamedTuple):
@@ -21,6 +21,7 @@ class Feature(NamedTuple):
 
 SUPPORTED = "supported"
 REFUSED_PER_REQUEST = "refused per request"
+REFUSED_AT_START = "refused at start"
 
 _ROWS = (
     Feature("model runner V1 and V2", SUPPORTED, "tests/engine/test_exactness.py"),
@@ -95,13 +96,38 @@ _ROWS = (
 )
 
 
+FOUND_IN_THE_MODEL = (
+    Feature(
+        "layers whose output is not one row per token",
+        f"{REFUSED_AT_START}: an edit could not be placed",
+        "tests/engine_units/test_layers.py",
+    ),
+    Feature(
+        "a configured site that no layer has",
+        f"{REFUSED_AT_START}: an edit there could not be placed; where some layers have it, artifacts that name others "
+        "are refused",
+        "tests/engine_units/test_layers.py",
+    ),
+    Feature(
+        "layers that return a pair of tensors, where it is not seen which carries the residual stream",
+        f"{REFUSED_AT_START}: an edit of the other would be lost",
+        "tests/engine_units/test_residual.py",
+    ),
+    Feature(
+        "hf_overrides that change the model's shapes",
+        f"{REFUSED_AT_START}: an artifact would name layers that are not there",
+        "tests/engine_units/test_settings.py",
+    ),
+)
+"""What only the loaded model shows: refused by `binding`, `wrapping` and `settings`."""
+
+
 def features() -> Iterator[Feature]:
     """Every row: what is supported or refused per request, then what refuses to start."""
     yield from _ROWS
     for refusal in REFUSALS:
-        yield Feature(refusal.setting, f"refused at start: {refusal.reason}", "tests/engine_units/test_refusals.py")
-    for finding in FOUND_IN_THE_MODEL:
-        yield Feature(finding.setting, f"refused at start: {finding.reason}", finding.known)
+        yield Feature(refusal.setting, f"{REFUSED_AT_START}: {refusal.reason}", "tests/engine_units/test_refusals.py")
+    yield from FOUND_IN_THE_MODEL
 
 
 def markdown() -> str:

@@ -78,6 +78,7 @@ def _own(layers: dict[int, LayerModules]) -> dict[int, LayerModules]:
     shared = "its module is shared with other layers"
     return {
         index: LayerModules(
+            block=layer.block,
             sites={site: module for site, module in layer.sites.items() if uses[id(module)] == 1},
             missing={**layer.missing, **{site: shared for site, m in layer.sites.items() if uses[id(m)] > 1}},
         )

@@ -10,15 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..errors import StartupRefused
-from . import connectors
-
-
-class Finding(NamedTuple):
-    """A shape of model that is refused where it is found, and the test that says so."""
-
-    setting: str
-    reason: str
-    known: str
+from . import connectors, variables
 
 
 class Refusal(NamedTuple):
@@ -29,13 +21,16 @@ class Refusal(NamedTuple):
     applies: Callable[[Any], bool]
 
 
+SEVERAL_FRONTS = "each front reaches some of the engines and would have interventions of its own"
+
 _PARTIAL_ROWS = "a rank holds only some of the token rows between layers"
+_UNTRIED_DRAFTS = ("suffix", "ngram_gpu")
 _NOT_CAUSAL = "attention is not causal, and the cache keys rest on it"
 
 REFUSALS = (
     Refusal(
         "data_parallel_external_lb / data_parallel_hybrid_lb",
-        "each front reaches some of the engines and would have interventions of its own",
+        SEVERAL_FRONTS,
         lambda config: (
             config.parallel_config.data_parallel_external_lb or config.parallel_config.data_parallel_hybrid_lb
         ),
@@ -112,19 +107,23 @@ REFUSALS = (
     ),
     Refusal(
         "speculative_config: drafts that read hidden states (EAGLE, MTP, Medusa, ...), custom classes",
-        "they read what is edited, and that has not been tried; ngram, suffix and draft models are served",
-        lambda config: (
-            config.speculative_config is not None
-            and config.speculative_config.method not in ("ngram", "ngram_gpu", "suffix", "draft_model")
-        ),
+        "they read what is edited, and that has not been tried; ngram and draft models are served",
+        lambda config: _drafts(config) not in (None, "ngram", "draft_model", *_UNTRIED_DRAFTS),
+    ),
+    Refusal(
+        "speculative_config: suffix, ngram_gpu",
+        "they have not been tried; ngram and draft models are served",
+        lambda config: _drafts(config) in _UNTRIED_DRAFTS,
+    ),
+    Refusal(
+        "speculative_config: rejection_sample_method block",
+        "it has not been tried; standard is served",
+        lambda config: _rejects(config) == "block",
     ),
     Refusal(
         "speculative_config: rejection_sample_method synthetic, fly",
         "tokens are accepted that the edited model would not have said",
-        lambda config: (
-            config.speculative_config is not None
-            and getattr(config.speculative_config, "rejection_sample_method", "standard") not in ("standard", "block")
-        ),
+        lambda config: _rejects(config) not in ("standard", "block"),
     ),
     Refusal(
         "cpu_offload_gb / offload_group_size (weights in host memory)",
@@ -192,41 +191,27 @@ REFUSALS = (
         lambda config: str(config.model_config.dtype) == "torch.float16" and _scales_experts(config.model_config),
     ),
     Refusal(
-        "VLLM_USE_RUST_FRONTEND",
-        "the Rust front end loads no Python middleware, so the interventions field would be dropped",
-        lambda config: os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
+        variables.RUST,
+        variables.REFUSED[variables.RUST],
+        lambda config: variables.is_on(variables.RUST, os.environ),
     ),
 )
-
-FOUND_IN_THE_MODEL = (
-    Finding(
-        "layers whose output is not one row per token",
-        "an edit could not be placed",
-        "tests/engine_units/test_layers.py",
-    ),
-    Finding(
-        "a configured site that no layer has",
-        "an edit there could not be placed; where some layers have it, artifacts that name others are refused",
-        "tests/engine_units/test_layers.py",
-    ),
-    Finding(
-        "layers that return a pair of tensors, where it is not seen which carries the residual stream",
-        "an edit of the other would be lost",
-        "tests/engine_units/test_residual.py",
-    ),
-    Finding(
-        "hf_overrides that change the model's shapes",
-        "an artifact would name layers that are not there",
-        "tests/engine_units/test_settings.py",
-    ),
-)
-"""What only the loaded model shows: refused by `binding`, `wrapping` and `settings`, at start-up too."""
 
 
 def _is_vllm_class(scheduler: str | type | None) -> bool:
     """None is vLLM's choice; vLLM itself also sets names of its own."""
     name = scheduler if isinstance(scheduler, str) else getattr(scheduler, "__module__", "vllm.")
     return name.startswith("vllm.")
+
+
+def _drafts(config: Any) -> str | None:
+    """The method of speculation; None without."""
+    return None if config.speculative_config is None else config.speculative_config.method
+
+
+def _rejects(config: Any) -> str:
+    """How drafted tokens are accepted."""
+    return getattr(config.speculative_config, "rejection_sample_method", "standard")
 
 
 def _scales_experts(model: Any) -> bool:

@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import entry_points
 
 from ..config import SteerConfig
 from ..errors import StartupRefused
+from . import variables
 from .board import Board
+from .refusals import SEVERAL_FRONTS
 from .settings import KEY, entry
 
 MIDDLEWARE = "steer_vllm.server.middleware.SteerMiddleware"
 
 _ENDPOINTS = "vllm.endpoint_plugins"
-_OFF = ("", "0", "false")
-_REFUSED_VARIABLES = {
-    "VLLM_USE_RUST_FRONTEND": "the Rust front end loads no Python middleware",
-    "VLLM_SKIP_MODEL_NAME_VALIDATION": "an unknown alias would get the base model's answer",
-    "VLLM_API_KEY": "vLLM guards only some paths with it; use STEER_VLLM_API_KEY or --api-key, which guard every path",
-}
-_SEVERAL = "there would be several servers, each with its own interventions; --api-server-count shares them"
+_SEVERAL = f"{SEVERAL_FRONTS}; --api-server-count shares them"
 _REFUSED_FLAGS = {
     "headless": "there is no API server to steer",
     "grpc": "only the HTTP server is steered",
@@ -44,7 +40,7 @@ def serve(model: str, config: SteerConfig, settings: object, *, host: str, port:
 
     Errors: `StartupRefused` for what cannot be combined with steering; vLLM's own errors as they are.
     """
-    refused = refused_variables(os.environ)
+    refused = variables.refused(os.environ)
     if refused:
         raise StartupRefused("; ".join(refused))
     os.environ["VLLM_PLUGINS"] = allowed_plugins(os.environ.get("VLLM_PLUGINS"))
@@ -93,15 +89,6 @@ def prepare(args: Namespace, config: SteerConfig, settings: object) -> None:
     # Ledger. What: vLLM hands its arguments to `run_api_server_worker_proc` of every API server as it spawns them. Why:
     # memory can be shared only with processes that are being spawned. Since 0.26. Can go when plugins can share state.
     args.steer_board = Board(servers)
-
-
-def refused_variables(environment: Mapping[str, str]) -> list[str]:
-    """The variables that are set and cannot be, each with the reason."""
-    return [
-        f"{name} is set: {reason}"
-        for name, reason in _REFUSED_VARIABLES.items()
-        if environment.get(name, "").lower() not in _OFF
-    ]
 
 
 def allowed_plugins(allowed: str | None) -> str:

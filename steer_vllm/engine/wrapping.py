@@ -94,7 +94,7 @@ def _edit_output(module: Any, output: Any) -> Any:
     if not isinstance(output, tuple):
         return _apply(module, output, output)
     y, *rest = output
-    bias = rest[0] if rest and module.steer_reads_bias else None
+    bias = rest[0] if rest and module.steer_reads_bias and module.steer_A is not None else None
     waits = isinstance(bias, torch.Tensor) and bias.dim() == 1
     return _apply(module, y + bias if waits else y, y), *rest
 

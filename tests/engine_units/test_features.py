@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from steer_vllm.engine.features import REFUSED_PER_REQUEST, SUPPORTED, features, markdown
-from steer_vllm.engine.refusals import FOUND_IN_THE_MODEL, REFUSALS
+from steer_vllm.engine.features import REFUSED_AT_START, REFUSED_PER_REQUEST, SUPPORTED, features, markdown
+from steer_vllm.engine.refusals import REFUSALS
 
 
 def test_the_page_is_this_table(root: Path) -> None:
@@ -19,7 +19,9 @@ def test_every_row_is_known_by_a_test(root: Path) -> None:
 
 def test_every_state_is_one_of_three() -> None:
     for row in features():
-        assert row.state == SUPPORTED or row.state.startswith((f"{REFUSED_PER_REQUEST}: ", "refused at start: ")), row
+        assert row.state == SUPPORTED or row.state.startswith((f"{REFUSED_PER_REQUEST}: ", f"{REFUSED_AT_START}: ")), (
+            row
+        )
 
 
 def test_no_feature_is_named_twice() -> None:
@@ -29,5 +31,5 @@ def test_no_feature_is_named_twice() -> None:
 
 def test_every_refusal_is_in_it() -> None:
     states = {row.name: row.state for row in features()}
-    for refused in (*REFUSALS, *FOUND_IN_THE_MODEL):
-        assert states[refused.setting] == f"refused at start: {refused.reason}"
+    for refused in REFUSALS:
+        assert states[refused.setting] == f"{REFUSED_AT_START}: {refused.reason}"

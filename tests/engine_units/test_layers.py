@@ -16,7 +16,7 @@ from steer_vllm.edit import Edit, LowRank, Place, Site
 from steer_vllm.engine.binding import Binding
 from steer_vllm.engine.layers import find_layers
 from steer_vllm.engine.wrapping import wrap
-from steer_vllm.errors import StartupRefused
+from steer_vllm.errors import ArtifactInvalid, StartupRefused
 from steer_vllm.packed import Layout, Packed
 from steer_vllm.slots import SlotTables, TokenSlots
 
@@ -221,6 +221,18 @@ def test_what_cannot_be_bound_is_named(change: str, site: Site, reason: str) -> 
     assert set(layer.sites) == set(Site) - {site}
 
 
+def test_a_block_that_layers_share_is_named() -> None:
+    """Nothing of it can be edited for one layer alone: an artifact that edits it is refused with the reason."""
+    model = Decoder()
+    model.layers[1] = model.layers[2]
+    binding = Binding(model, CONFIG)
+    assert binding.layers[1].block is model.layers[2]
+    assert {place.layer for place in binding.places} == {0}
+    reason = r"it: edits block_output of layer 1 \(Layer\), which could not be bound: its module is shared"
+    with pytest.raises(ArtifactInvalid, match=reason):
+        binding.check([Place(1, Site.BLOCK_OUTPUT)], "it")
+
+
 def test_no_layers_at_all() -> None:
     with pytest.raises(StartupRefused, match="no decoder layers with attention were found in Sequential"):
         find_layers(nn.Sequential(nn.Linear(2, 2)))
@@ -250,6 +262,21 @@ def test_a_bias_that_waits_is_part_of_what_is_read() -> None:
     found, bias = projection(z)
     expected = whole - bias + edit(tables, Place(0, Site.ATTENTION_OUTPUT), slots, whole)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_bias_that_waits_is_left_alone_where_nothing_reads_it() -> None:
+    """An offset is added to what is there; without a low-rank table the bias costs no operation in the step."""
+    config = SteerConfig(additive_rows=2, low_rank_rows=0, additive_sites=tuple(Site))
+    model = Decoder()
+    tables, slots = tables_for(model, config), slots_with([1, 2, 1])
+    projection: Any = model.layers[0].self_attn.o_proj
+    y, bias = randn(3, BASE.hidden_size, seed=4), torch.zeros(7)  # adding it would be an error
+    projection.forward = lambda z: (y, bias)
+    wrap(Binding(model, config), tables, slots)
+    found, left = projection(y)
+    torch.testing.assert_close(found, y + edit(tables, Place(0, Site.ATTENTION_OUTPUT), slots, y))
+    assert left is bias
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from steer_vllm.demo import MODEL_PATH
 from steer_vllm.engine import connectors
-from steer_vllm.engine.refusals import FOUND_IN_THE_MODEL, REFUSALS, check
+from steer_vllm.engine.refusals import REFUSALS, check
 from steer_vllm.errors import StartupRefused
 
 RUST = "VLLM_USE_RUST_FRONTEND"
@@ -86,6 +86,8 @@ ON: dict[str, Case] = {
     "speculative_config: drafts that read hidden states (EAGLE, MTP, Medusa, ...), custom classes": speculation(
         method="eagle"
     ),
+    "speculative_config: suffix, ngram_gpu": speculation(method="suffix"),
+    "speculative_config: rejection_sample_method block": speculation(rejection_sample_method="block"),
     "speculative_config: rejection_sample_method synthetic, fly": speculation(rejection_sample_method="synthetic"),
     "cpu_offload_gb / offload_group_size (weights in host memory)": Case({"offload_group_size": 2}),
     "monokernel": Case(fields=lambda c: setattr(c.kernel_config, "monokernel", True)),
@@ -113,11 +115,6 @@ class EncoderOnly:
 
 def test_every_row_is_tested() -> None:
     assert {refusal.setting for refusal in REFUSALS} == {*ON, RUST}
-
-
-def test_no_two_rows_have_one_name() -> None:
-    names = [row.setting for row in (*REFUSALS, *FOUND_IN_THE_MODEL)]
-    assert len(names) == len(set(names))
 
 
 def test_a_plain_setting_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +177,9 @@ def test_a_scheduler_of_vllm_is_served() -> None:
     check(config_of({"scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler"}))
 
 
-@pytest.mark.parametrize(("value", "refused"), [("1", True), ("true", True), ("0", False), ("", False)])
+@pytest.mark.parametrize(
+    ("value", "refused"), [("1", True), ("true", True), ("0", False), ("", False), ("False", False)]
+)
 def test_the_rust_front_end(value: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of({})
     monkeypatch.setenv(RUST, value)
@@ -223,5 +222,15 @@ def test_kinds_of_connectors(name: str) -> None:
     assert connectors.kind(config_of(arguments)) == expected
 
 
-def test_plain_speculation_is_served() -> None:
-    check(config_of(speculation().arguments))
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_plain_speculation_is_served(method: str) -> None:
+    config = config_of(speculation().arguments)
+    speculation(method=method).fields(config)
+    check(config)
+
+
+def test_speculation_on_the_gpu_is_refused_too() -> None:
+    config = config_of(speculation().arguments)
+    speculation(method="ngram_gpu").fields(config)
+    with pytest.raises(StartupRefused, match="suffix, ngram_gpu: they have not been tried"):
+        check(config)

@@ -11,6 +11,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from steer_vllm.errors import EngineUnavailable
+from steer_vllm.server import body as bodies
 from steer_vllm.server.front import Front
 from steer_vllm.server.middleware import SteerMiddleware
 
@@ -242,7 +243,8 @@ async def test_rows_of_a_composition(build: Callable[..., Front], make: Make) ->
     front = build()
     await fill(front, make)
     asks = [{"name": "honest", "positions": "all"}, {"name": "polite"}, {"name": "edit"}]
-    decision = front.decide({"model": "tiny", "interventions": asks}, "/v1/completions")
+    body = {"model": "tiny", "interventions": asks}
+    decision = front.decide(body, bodies.consume(body, "/v1/completions", front.base_names))
     assert (len(decision.rows.additive), len(decision.rows.low_rank)) == (2, 1)
 
 

@@ -16,6 +16,7 @@ from steer_vllm.server.front import Front
 from steer_vllm.server.keys import OPERATOR_PATHS, Keys
 
 from .conftest import ADMIN, Make, app_of, assert_idle, client_of, fill, lofit
+from .fake_core import FakeCore
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -82,6 +83,20 @@ async def test_base(client: AsyncClient, app: FastAPI, body: dict[str, Any]) -> 
     assert "x-steer-applied" not in answer.headers
     assert app.state.bodies == [{"model": body.get("model", "tiny"), "prompt": "x"}]
     assert answer.json()["model"] == body.get("model", "tiny")
+
+
+@pytest.mark.parametrize("body", [{}, {"interventions": []}, {"model": "second"}, {"model": "other"}])
+async def test_the_base_waits_for_no_names(
+    client: AsyncClient, front: Front, core: FakeCore, body: dict[str, Any]
+) -> None:
+    """Another server has announced a change, and the book does not answer."""
+    core.fails = RuntimeError("the core is gone")
+    board, seen = front.registry.names._board, front.registry.names._seen
+    board.announce(0, seen + 1)
+    assert (await post(client, TEXT, **body)).status_code == 200
+    for asked in ({"model": "tiny:honest"}, {"interventions": [{"name": "honest"}]}):
+        refused(await post(client, TEXT, **asked), 503, "engine_unavailable")
+    core.fails = None
 
 
 async def test_without_a_model(client: AsyncClient) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from steer_vllm.config import SteerConfig
-from steer_vllm.engine import serve
+from steer_vllm.engine import serve, variables
 from steer_vllm.errors import StartupRefused
 from steer_vllm.server.middleware import SteerMiddleware
 
@@ -78,9 +78,10 @@ def test_the_limits_are_not_given_twice() -> None:
 
 @pytest.mark.parametrize("name", ["VLLM_USE_RUST_FRONTEND", "VLLM_SKIP_MODEL_NAME_VALIDATION", "VLLM_API_KEY"])
 def test_refused_variables(name: str) -> None:
-    (line,) = serve.refused_variables({name: "1"})
+    (line,) = variables.refused({name: "1"})
     assert line.startswith(f"{name} is set: ")
-    assert serve.refused_variables({name: ""}) == serve.refused_variables({}) == []
+    for off in ({}, {name: ""}, {name: "0"}, {name: "False"}):
+        assert variables.refused(off) == []
 
 
 def test_refused_variables_stop_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
