@@ -70,13 +70,17 @@ class SlotTables:
                 self._low_rank_held[fill.row] = fill.content
 
     def refill(self, digests: Container[str], store: Store) -> None:
-        """Write the rows again that hold content of these digests; rows of content that is gone are forgotten."""
+        """Write the rows again that hold content of these digests."""
         for held, write in ((self._additive_held, self.write_additive), (self._low_rank_held, self.write_low_rank)):
-            for row, content in list(held.items()):
-                if not all((term.digest, term.part) in store for term in content):
-                    del held[row]
-                elif any(term.digest in digests for term in content):
+            for row, content in held.items():
+                if any(term.digest in digests for term in content):
                     write(row, gather(Fill(row, content), store))
+
+    def forget(self, digest: str) -> None:
+        """Its content is freed. Loaded again it may be other values, of other weights: no row counts as holding it."""
+        for held in (self._additive_held, self._low_rank_held):
+            for row in [row for row, content in held.items() if any(term.digest == digest for term in content)]:
+                del held[row]
 
     def restore(self, store: Store) -> None:
         """Write every row again, on a device that has lost them."""

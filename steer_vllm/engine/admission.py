@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from ..config import SteerConfig
-from ..errors import ArtifactInvalid, InvalidIntervention, NoRows, Unsupported
+from ..errors import ArtifactInvalid, EngineUnavailable, InvalidIntervention, NoRows, Unsupported
 from ..plan import Fill, Placement, Plan, Summary, contents, needs
 from ..request import Steering
 from ..rows import Content, RowLedger
@@ -43,6 +43,7 @@ class Admission:
         self._loaded: dict[str, Summary] = {}
         self._closing: set[str] = set()
         self._unfit: dict[str, str] = {}
+        self._unknown: str | None = None
         self._users: Counter[str] = Counter()
         self._pins: dict[int, _Pin] = {}
         self._adapters: dict[str, set[Adapter]] = {}
@@ -54,14 +55,15 @@ class Admission:
     def admit(self, steering: Steering, prompt_len: int, adapter: Adapter | None = None) -> Plan:
         """Pin what the request needs and say where it is, until its plan is released. adapter: its LoRA, if any.
 
-        Errors: `ArtifactInvalid` for content that is not loaded, `NoRows`, `InvalidIntervention` for a response_start
-        beyond the prompt or positions that need other edits, `Unsupported` for an adapter that `pair` was not called
-        with, and those of `Steering.check_limits` and `plan.needs`. Nothing is pinned then.
+        Errors: those of `check_known`, `ArtifactInvalid` for what is not loaded, `NoRows`, `InvalidIntervention`
+        for a response_start beyond the prompt or positions that need other edits, `Unsupported` for an adapter that
+        `pair` was not called with, and those of `Steering.check_limits` and `plan.needs`. Nothing is pinned then.
         """
         start = steering.response_start
         steering.check_limits(self.config)
         steering.check_prompt(prompt_len)
         with self._lock:
+            self._check_known()
             digests = frozenset(component.digest for component in steering.components)
             for digest in sorted(digests):
                 if digest not in self._loaded or digest in self._closing:
@@ -156,9 +158,10 @@ class Admission:
     def reopen(self, digest: str) -> Summary | None:
         """The summary of content that is held, which requests may name again; None when it is not held.
 
-        Errors: `ArtifactInvalid` for content that does not fit the present weights.
+        Errors: `ArtifactInvalid` for content that does not fit the present weights, those of `check_known`.
         """
         with self._lock:
+            self._check_known()
             self._check_fit(digest)
             self._closing.discard(digest)
             return self._loaded.get(digest)
@@ -191,11 +194,21 @@ class Admission:
         with self._lock:
             self._loaded |= {summary.digest: summary for summary in summaries}
             self._unfit = dict(unfit)
+            self._unknown = None
 
     def spoil(self, reason: str) -> None:
-        """Nothing that is loaded is to be admitted, until `follow` says otherwise."""
+        """Which weights are served is not known: nothing is admitted, loaded before or after, until `follow` comes."""
         with self._lock:
-            self._unfit = dict.fromkeys(self._loaded, reason)
+            self._unknown = reason
+
+    def check_known(self) -> None:
+        """Errors: `EngineUnavailable` while it is not known which weights are served: from `spoil` to `follow`."""
+        with self._lock:
+            self._check_known()
+
+    def _check_known(self) -> None:
+        if self._unknown is not None:
+            raise EngineUnavailable(self._unknown)
 
     def _check_fit(self, digest: str) -> None:
         if digest in self._unfit:

@@ -7,7 +7,7 @@ where the weights come from are not known here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -90,14 +90,15 @@ class Compilation:
 
 @answered
 @torch.inference_mode()
-def reproject(steering: WorkerSteering, base: Fingerprint) -> Answer:
-    """The weights may have changed: project every head offset anew, on this rank alone. base: of the weights' files.
+def reproject(steering: WorkerSteering, read_base: Callable[[], Fingerprint]) -> Answer:
+    """The weights may have changed: project every head offset anew, on this rank alone. read_base: of their files.
 
-    What is on its way was checked and compiled with others, wholly or in part, and fails.
+    What is on its way was checked and compiled with others, wholly or in part, and fails, also where this does.
     """
-    steering.base = base
+    steering.stale = True
     for load in steering.pending.values():
         load.spoilt = True
+    steering.base = read_base()
     for compilation in steering.compilations.values():
         for plain in (True, False):
             compilation.project(plain=plain)
@@ -129,6 +130,7 @@ def repack(steering: WorkerSteering) -> Answer:
     for digest, parts in packed.items():
         steering.store.update({(digest, number): part for number, part in enumerate(parts)})
     steering.tables.refill(packed, steering.store)
+    steering.stale = False
     differences = {digest: base.difference(steering.base) for digest, base in steering.bases.items()}
     return {
         "state": "done",

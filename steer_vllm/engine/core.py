@@ -47,7 +47,9 @@ def _required(core: Any) -> Admission:
 @answered
 def steer_begin(self: Any, folder: str, digest: str) -> Answer:
     """Utility: start loading on every rank. held: what was there before; content that is there is "ready" at once."""
-    held = _required(self).held(digest)
+    admission = _required(self)
+    admission.check_known()
+    held = admission.held(digest)
     answer = {"state": "ready"} if held != "absent" else _ask_ranks(self, "steer_begin", folder, digest)[0]
     return {**answer, "held": held}
 

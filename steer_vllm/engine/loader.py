@@ -109,6 +109,7 @@ def free(steering: WorkerSteering, digest: str) -> Answer:
     for key in [key for key in steering.store if key[0] == digest]:
         del steering.store[key]
     steering.head_layers.pop(digest, None)
+    steering.tables.forget(digest)
     return {"state": "done"}
 
 

@@ -65,6 +65,7 @@ class WorkerSteering:
         self._rows = torch.zeros(0, dtype=torch.int64, device=device)
         self._steered = False
         self.asleep = False
+        self.stale = False  # from when weights may have changed until everything that depends on them is computed again
         wrap(self.binding, self.tables, self.tokens)
 
     def restore(self) -> None:

@@ -59,9 +59,17 @@ def _awake(worker: Any) -> WorkerSteering:
     return steering
 
 
+def _current(worker: Any) -> WorkerSteering:
+    """Errors: `EngineUnavailable` also when weights have changed and it could not be followed up which they are."""
+    steering = _awake(worker)
+    if steering.stale:
+        raise EngineUnavailable("the weights have changed and are not known: reload them")
+    return steering
+
+
 @answered
 def steer_begin(self: Any, folder: str, digest: str) -> Answer:
-    return loader.begin(_awake(self), folder, digest)
+    return loader.begin(_current(self), folder, digest)
 
 
 @answered
@@ -71,7 +79,7 @@ def steer_poll(self: Any, digest: str) -> Answer:
 
 @answered
 def steer_commit(self: Any, digest: str) -> Answer:
-    return loader.commit(_awake(self), digest)
+    return loader.commit(_current(self), digest)
 
 
 @answered
@@ -93,7 +101,7 @@ def steer_adapter(self: Any, lora_request: Any, digest: str) -> Answer:
 def steer_reproject(self: Any) -> Answer:
     if steering_of(self).asleep:
         return {"state": "done"}  # there are no weights: those that come are brought by a call that ends here again
-    return compilation.reproject(steering_of(self), base_fingerprint(self.model_runner))
+    return compilation.reproject(steering_of(self), lambda: base_fingerprint(self.model_runner))
 
 
 @answered

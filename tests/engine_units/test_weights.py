@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from core.make import BASE, direction, lofit
+from core.make import BASE, lofit
 from engine_units import test_worker as toys
 
-from steer_vllm.engine import compilation, loader, weights
+from steer_vllm.engine import compilation, loader, weights, worker_methods
 from steer_vllm.engine.compilation import Compilation
 from steer_vllm.errors import ArtifactInvalid, EngineUnavailable, Unsupported
+from steer_vllm.fingerprint import Fingerprint
+from steer_vllm.plan import Summary
 from steer_vllm.request import Steering
 from steer_vllm.segments import Component
 
@@ -23,7 +26,7 @@ class Core:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(toys.module, "base_fingerprint", lambda config: BASE)
         self.rank = toys.Rank()
-        self.base = BASE
+        self.base: Fingerprint | None = BASE
         self.called: list[Any] = []
         for item in toys.ITEMS.values():
             made = Compilation(self.rank.steering, item, "here")
@@ -32,10 +35,15 @@ class Core:
                 self.rank.steering.compilations[item.digest] = made
         self.steering = self.rank.admission
 
+    def read_base(self) -> Fingerprint:
+        if self.base is None:
+            raise ArtifactInvalid("config.json: cannot be read as a model config")
+        return self.base
+
     def collective_rpc(self, method: Any, timeout: float | None = None, args: Any = ()) -> list[Any]:
         self.called.append(method)
         if method == "steer_reproject":
-            return [compilation.reproject(self.rank.steering, self.base)]
+            return [compilation.reproject(self.rank.steering, self.read_base)]
         if method == "steer_repack":
             return [compilation.repack(self.rank.steering)]
         if method == "break":
@@ -128,7 +136,7 @@ def test_a_rank_that_fails_refuses_everything_until_the_next_call(core: Core) ->
     core.rank.steering.projections = {layer: lambda heads: 1 / 0 for layer in good}  # type: ignore[misc]
     with pytest.raises(EngineUnavailable, match=r"could not be computed .*requests in flight still have those"):
         core.collective_rpc("double")
-    with pytest.raises(ArtifactInvalid, match="could not be computed"):
+    with pytest.raises(EngineUnavailable, match="could not be computed"):
         admit(core, "direction")
     core.rank.steering.projections = good
     core.collective_rpc("anything")
@@ -147,13 +155,74 @@ def test_what_is_on_its_way_fails(core: Core, tmp_path: Any) -> None:
         assert "replaced while it was loaded" in answer["message"]
 
 
-def test_rows_of_content_that_is_gone_are_forgotten(core: Core) -> None:
-    steering, item = core.rank.steering, direction()
+def test_what_is_on_its_way_fails_also_where_the_base_cannot_be_read(core: Core, tmp_path: Any) -> None:
+    """As from a folder of weights without config.json. Nothing begins or commits before a call succeeds."""
+    steering, item = core.rank.steering, lofit(seed=9)
+    worker = SimpleNamespace(model_runner=SimpleNamespace(steering=steering))
+    item.save(tmp_path)
+    worker_methods.steer_begin(worker, str(tmp_path), item.digest)
+    steering.pending[item.digest].thread.join()
+    core.base = None
+    with pytest.raises(EngineUnavailable, match=r"config\.json"):
+        core.collective_rpc("double")
+    for ask in (worker_methods.steer_poll, worker_methods.steer_commit):
+        assert ask(worker, item.digest)["state"] == "failed"
+    begun = worker_methods.steer_begin(worker, str(tmp_path), item.digest)
+    assert (begun["state"], begun["code"]) == ("failed", "engine_unavailable")
+    core.base = BASE
+    core.collective_rpc("reload_weights")
+    assert worker_methods.steer_begin(worker, str(tmp_path), item.digest)["state"] != "failed"
+
+
+def test_loading_again_does_not_get_round_it(core: Core) -> None:
+    """What is loaded or opened after the failure is refused as what was there before."""
+    core.base = None
+    with pytest.raises(EngineUnavailable):
+        core.collective_rpc("reload_weights")
+    digest = toys.ITEMS["lofit"].digest
+    core.steering.close(digest)
+    assert core.steering.forget(digest)
+    core.rank.load(toys.ITEMS["lofit"])
+    core.steering.publish(Summary("new", ()))
+    with pytest.raises(EngineUnavailable, match="could not be computed"):
+        admit(core, "lofit")
+    for one in (digest, "new", "never loaded"):
+        with pytest.raises(EngineUnavailable, match="could not be computed"):
+            core.steering.reopen(one)
+    core.base = BASE
+    core.collective_rpc("reload_weights")
+    admit(core, "lofit")
+
+
+def test_content_that_is_loaded_again_is_written_again(core: Core, tmp_path: Any) -> None:
+    """Its row held the offsets of the former weights, by the same digest, and the core gives it out again."""
+    steering, item = core.rank.steering, toys.ITEMS["lofit"]
+    core.rank.add("a")
+    (row,) = steering.tables._additive_held
+    before = steering.tables.additive[row].clone()
+    core.rank.finish("a")
+    core.steering.close(item.digest)
+    assert core.steering.forget(item.digest)
+    loader.free(steering, item.digest)
+    for layer in core.rank.model.layers:
+        layer.self_attn.o_proj.weight.data.mul_(2)  # type: ignore[union-attr, operator]
+    core.rank.load(item)
+    plan = core.rank.add("a")
+    assert plan is not None
+    assert [fill.row for fill in plan.additive] == [row]
+    torch.testing.assert_close(steering.tables.additive[row], before * 2)
+
+
+def test_composed_rows_are_forgotten_with_any_of_their_terms(core: Core) -> None:
+    """Of both tables; rows of other content stay as they are."""
+    tables = core.rank.steering.tables
+    core.rank.add("a")
     core.rank.add("b")
-    steering.store.pop((item.digest, 0), None)
-    held = dict(steering.tables._additive_held)
-    steering.tables.refill({item.digest}, steering.store)
-    assert not any(
-        term.digest == item.digest for content in steering.tables._additive_held.values() for term in content
-    )
-    assert any(term.digest == item.digest for content in held.values() for term in content)
+    gone = toys.ITEMS["direction"].digest
+    kept = {row for row, content in tables._additive_held.items() if all(term.digest != gone for term in content)}
+    assert set(tables._additive_held) > kept
+    assert tables._low_rank_held
+    loader.free(core.rank.steering, gone)
+    loader.free(core.rank.steering, toys.ITEMS["loreft"].digest)
+    assert set(tables._additive_held) == kept != set()
+    assert not tables._low_rank_held
