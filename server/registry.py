@@ -32,6 +32,9 @@ class Engine(Protocol):
     async def load(self, folder: str, digest: str) -> Summary:
         """Load on every rank. Errors: `ArtifactInvalid`, `EngineUnavailable`. Loading what is there is no error."""
 
+    async def base(self) -> Fingerprint:
+        """The model served now. Errors: `EngineUnavailable` while that is not known."""
+
     async def unload(self, digest: str) -> bool:
         """Free on every rank; False while a request in the engine uses it."""
 
@@ -49,7 +52,6 @@ class Registry:
         board: Board,
         store: Store,
         config: SteerConfig,
-        base: Fingerprint,
         base_names: tuple[str, ...],
     ) -> None:
         self.names = Names(book, board, self._free_soon)
@@ -58,7 +60,6 @@ class Registry:
         self._book = book
         self._store = store
         self._config = config
-        self._base = base
         self._unused: set[str] = set()
         self._freeing: set[str] = set()
 
@@ -81,7 +82,8 @@ class Registry:
             name = check_name(name, base_name)
         name = check_name(name)
         folder = self._store.folder(source)
-        intervention = await asyncio.to_thread(self._read, folder)
+        base = await self._engine.base()  # anew: a reload of weights may have brought another model
+        intervention = await asyncio.to_thread(self._read, folder, base)
         digest = intervention.digest
         await self.refresh()
         self.catalog.check_free(name, digest, load_inplace)
@@ -117,10 +119,10 @@ class Registry:
         """Come back when the engine has done everything that was sent before. Errors: `EngineUnavailable`."""
         await self._engine.settle()
 
-    def _read(self, folder: Path) -> Intervention:
+    def _read(self, folder: Path, base: Fingerprint) -> Intervention:
         """Read and check an artifact against the model and the tables. Errors: `ArtifactInvalid`."""
         intervention = Intervention.load(folder)
-        check_fit(intervention, self._base, self._config, str(folder))
+        check_fit(intervention, base, self._config, str(folder))
         return intervention
 
     @asynccontextmanager

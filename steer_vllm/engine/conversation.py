@@ -1,4 +1,4 @@
-"""What is said between a front and the engine cores: load, unload, settle, facts.
+"""What is said between a front and the engine cores: load, unload, settle, base, facts.
 
 Each conversation is written once, as a generator that yields calls and waits and is sent every engine's answer; the
 drivers in `client` run it. It knows that there may be several engines (data parallelism), and no vLLM.
@@ -56,7 +56,6 @@ class EngineFacts:
     ranks: of all engines together."""
 
     config: SteerConfig
-    base: Fingerprint
     dtype: str
     largest: float
     table_bytes: int
@@ -116,6 +115,18 @@ def settle() -> Conversation[None]:
     _all_well((yield Call("steer_settle")))
 
 
+def base() -> Conversation[Fingerprint]:
+    """The model served now: a reload may bring another.
+
+    Errors: `EngineUnavailable` while an engine does not know which weights it has, or they have different ones.
+    """
+    answers = _all_well((yield Call("steer_base")))
+    first, *others = (answer["base"] for answer in answers.values())
+    if any(other != first for other in others):
+        raise EngineUnavailable("the engines serve different models: reload the weights of all of them")
+    return Fingerprint.from_config(first, "engine")
+
+
 def facts() -> Conversation[EngineFacts]:
     """Errors: `StartupRefused` when an engine lacks the plugin, or differs from the others."""
     try:
@@ -132,7 +143,6 @@ def facts() -> Conversation[EngineFacts]:
     ranks = [rank for answer in answers.values() for rank in answer["ranks"]]
     return EngineFacts(
         config=SteerConfig.from_dict(first["config"]),
-        base=Fingerprint.from_config(first["base"], "engine"),
         dtype=first["dtype"],
         largest=first["largest"],
         table_bytes=max(rank["table_bytes"] for rank in ranks),

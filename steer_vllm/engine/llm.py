@@ -68,13 +68,13 @@ class LLM(vllm.LLM):
         """Load an artifact folder under a name.
 
         Errors: `ArtifactInvalid`; `ArtifactExists` when the name points to other content and `replace` is not said;
-        `InvalidIntervention` for a name that may not be used.
+        `InvalidIntervention` for a name that may not be used; `EngineUnavailable` after weights that could not be
+        followed up.
         """
         check_name(name)
         path = str(Path(folder).absolute())
-        self._facts = self._engine.facts()  # the base is another after a reload from other weights
         intervention = Intervention.load(path)
-        check_fit(intervention, self._facts.base, self._facts.config, path)
+        check_fit(intervention, self._engine.base(), self._facts.config, path)
         self._catalog.check_free(name, intervention.digest, replace)
         summary = self._engine.load(path, intervention.digest)
         published = Entry.of(name, path, intervention, summary)

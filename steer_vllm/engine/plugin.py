@@ -17,7 +17,7 @@ def register() -> None:
     global _registered
     if _registered:
         return
-    from . import cache_keys, core, intake, lifetimes, names, requirements, runner_v1, runner_v2, sleep, worker_methods
+    from . import cache_keys, core, intake, lifetimes, names, requirements, runner_v1, runner_v2, worker_methods
 
     requirements.require()
     lifetimes.install()
@@ -28,5 +28,4 @@ def register() -> None:
     worker_methods.install()
     runner_v1.install()
     runner_v2.install()
-    sleep.install()
     _registered = True

@@ -12,36 +12,34 @@ from typing import Any
 from .worker import WorkerSteering
 
 
-def install() -> None:
-    """Ledger: replaces `Worker.sleep` and `Worker.wake_up`.
+def install(worker: Any) -> None:
+    """Ledger: replaces `Worker.sleep` and `Worker.wake_up` of a worker that has sleep mode on.
 
     What: before, loads that read weights end, and no other begins; after, tables, segments and token slots are written
     again. Why: a load would read memory that is unmapped, which ends the process; at level 2 requests would find no
     segments. Since 0.26. Can go when vLLM lets a plugin keep memory out of its pool.
     """
-    from vllm.v1.worker.gpu_worker import Worker
-
-    sleep, wake_up = Worker.sleep, Worker.wake_up
+    sleep, wake_up = worker.sleep, worker.wake_up
 
     @wraps(sleep)
-    def finish_and_sleep(self: Any, level: int = 1) -> Any:
-        steering = _steering(self)
+    def finish_and_sleep(level: int = 1) -> Any:
+        steering = _steering(worker)
         if steering is not None:
             for load in list(steering.pending.values()):
                 load.thread.join()
             steering.asleep = True
-        return sleep(self, level)
+        return sleep(level)
 
     @wraps(wake_up)
-    def wake_and_restore(self: Any, tags: list[str] | None = None) -> Any:
-        result = wake_up(self, tags)
-        steering = _steering(self)
+    def wake_and_restore(tags: list[str] | None = None) -> Any:
+        result = wake_up(tags)
+        steering = _steering(worker)
         if steering is not None and (tags is None or "weights" in tags):
             steering.restore()
             steering.asleep = False
         return result
 
-    Worker.sleep, Worker.wake_up = finish_and_sleep, wake_and_restore
+    worker.sleep, worker.wake_up = finish_and_sleep, wake_and_restore
 
 
 def _steering(worker: Any) -> WorkerSteering | None:

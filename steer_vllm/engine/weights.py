@@ -66,6 +66,8 @@ def follow(core: Any, admission: Admission, ask_ranks: AskRanks) -> None:
             worst, answers = ask_ranks(core, "steer_repack")
     except Exception as error:  # a call that vLLM could not bring back: what the ranks did is not known
         worst = {"state": "failed", "message": f"{type(error).__name__}: {error}"}
+    if worst["state"] == "busy":  # asleep, without weights that could have changed
+        return
     if worst["state"] != "done":
         reason = f"head offsets could not be computed for the present weights: {worst.get('message', worst['state'])}"
         admission.spoil(reason)

@@ -9,10 +9,13 @@ from functools import wraps
 from typing import Any
 
 from ..errors import EngineUnavailable, StartupRefused
-from . import adapters, compilation, loader, refusals
+from . import adapters, compilation, loader, refusals, sleep
 from .answer import Answer, answered
 from .settings import base_fingerprint, steer_config
 from .worker import WorkerSteering
+
+_ASLEEP: Answer = {"state": "busy"}
+"""No weights to follow and no tables to write: weights that come are brought by a call that ends here again."""
 
 
 def install() -> None:
@@ -38,6 +41,8 @@ def _patch_init(worker_base: Any) -> None:
         if steer_config(vllm_config) is not None:
             refusals.check(vllm_config)
         init(self, vllm_config, *args, **kwargs)
+        if steer_config(vllm_config) is not None and vllm_config.model_config.enable_sleep_mode:
+            sleep.install(self)
 
     worker_base.__init__ = check_and_init
 
@@ -99,14 +104,14 @@ def steer_adapter(self: Any, lora_request: Any, digest: str) -> Answer:
 
 @answered
 def steer_reproject(self: Any) -> Answer:
-    if steering_of(self).asleep:
-        return {"state": "done"}  # there are no weights: those that come are brought by a call that ends here again
-    return compilation.reproject(steering_of(self), lambda: base_fingerprint(self.model_runner))
+    steering = steering_of(self)
+    return _ASLEEP if steering.asleep else compilation.reproject(steering, lambda: base_fingerprint(self.model_runner))
 
 
 @answered
 def steer_repack(self: Any) -> Answer:
-    return compilation.repack(steering_of(self))
+    steering = steering_of(self)
+    return _ASLEEP if steering.asleep else compilation.repack(steering)
 
 
 @answered

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from core.make import BASE
 
 from steer_vllm.config import SteerConfig
 from steer_vllm.engine import core
@@ -30,6 +31,7 @@ class Rank:
         self.store: set[str] = set()
         self.pending: dict[str, int] = {}
         self.broken: set[str] = set()
+        self.base = BASE
 
     def steer_begin(self, folder: str, digest: str) -> dict[str, Any]:
         self.pending[digest] = 1
@@ -56,6 +58,9 @@ class Rank:
         self.store.discard(digest)
         return {"state": "done"}
 
+    def steer_facts(self) -> dict[str, Any]:
+        return {"state": "done", "base": self.base.to_config()}
+
 
 class Engine:
     """One core with two ranks."""
@@ -66,7 +71,7 @@ class Engine:
         self.steering = Admission(config, 1e30)
         self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float32))
 
-    def collective_rpc(self, method: str, args: tuple[str, ...]) -> list[Any]:
+    def collective_rpc(self, method: str, args: tuple[str, ...] = ()) -> list[Any]:
         return [getattr(rank, method)(*args) for rank in self.ranks]
 
     def call(self, method: str, args: tuple[str, ...]) -> Any:

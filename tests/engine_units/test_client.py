@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -177,9 +178,17 @@ def facts(**more: Any) -> dict[str, Any]:
 def test_facts(ask: Ask) -> None:
     found = ask(Core(facts=[facts()]), "facts")
     assert found.config == SteerConfig(max_rank=4)
-    assert found.base == BASE
     assert (found.dtype, found.largest, found.table_bytes) == ("float16", 65504.0, 120)
     assert (found.ranks, found.engines) == (2, 1)
+
+
+def test_base(ask: Ask) -> None:
+    """Asked anew each time; one engine that does not know its weights, or has others, is an error."""
+    other = dataclasses.replace(BASE, weights="cd" * 32)
+    core = Core(base=[{"state": "done", "base": found.to_config()} for found in (BASE, other)])
+    assert [ask(core, "base"), ask(core, "base")] == [BASE, other]
+    with pytest.raises(SteerError):
+        ask(Core(base=[BAD]), "base")
 
 
 @pytest.mark.parametrize("answer", [{"state": "failed", "code": "internal_error", "message": "off"}, LOST])

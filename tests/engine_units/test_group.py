@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any
 
 import pytest
+from core.make import BASE
 from engine_units.group import Client
 from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_vllm.engine import client as module
 from steer_vllm.engine.client import AsyncEngine
-from steer_vllm.errors import SteerError
+from steer_vllm.errors import EngineUnavailable, SteerError
 from steer_vllm.positions import Positions
 from steer_vllm.request import Steering
 from steer_vllm.segments import Component
@@ -131,3 +133,28 @@ def test_any_faults_while_unloading(engines: int, fates: dict[int, str]) -> None
     assert held(client) == ["open"] * engines
     assert run(client, "unload", D) is True
     assert held(client) == ["absent"] * engines
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_one_engine_whose_weights_are_not_known_keeps_it_from_all(at: int) -> None:
+    """Content that is there already included: it may be of the former weights."""
+    client = Client(2)
+    client.engines[at].steering.spoil("weights unknown")
+    assert isinstance(run(client, "load", "folder", D), EngineUnavailable)
+    assert held(client) == ["absent"] * 2
+    assert isinstance(run(client, "base"), EngineUnavailable)
+    client.engines[at].steering.follow([], {})
+    run(client, "load", "folder", D)
+    client.engines[at].steering.spoil("weights unknown")
+    assert isinstance(run(client, "load", "folder", D), EngineUnavailable)
+    assert run(client, "unload", D) is True, "what is not to be used can still go"
+
+
+def test_engines_of_different_weights() -> None:
+    client = Client(2)
+    assert run(client, "base") == BASE
+    for rank in client.engines[1].ranks:
+        rank.base = dataclasses.replace(BASE, weights="cd" * 32)
+    found = run(client, "base")
+    assert isinstance(found, EngineUnavailable)
+    assert "different" in found.message

@@ -11,7 +11,7 @@ import torch
 from core.make import BASE
 from engine_units import test_worker as toys
 
-from steer_vllm.engine import sleep, worker_methods
+from steer_vllm.engine import sleep, weights, worker_methods
 from steer_vllm.engine.worker import WorkerSteering
 
 
@@ -38,9 +38,9 @@ def worker(rank: toys.Rank, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     monkeypatch.setattr(Worker, "sleep", lambda self, level=1: scribble(rank.steering))
     monkeypatch.setattr(Worker, "wake_up", lambda self, tags=None: None)
-    sleep.install()
     made = Worker.__new__(Worker)
     made.model_runner = SimpleNamespace(steering=rank.steering)
+    sleep.install(made)
     return made
 
 
@@ -79,7 +79,8 @@ def test_nothing_reads_weights_in_it(rank: toys.Rank, worker: Any) -> None:
         answer = ask()
         assert (answer["state"], answer["code"]) == ("failed", "engine_unavailable")
         assert "sleeps" in answer["message"]
-    assert worker_methods.steer_reproject(worker) == {"state": "done"}
+    for follow in (worker_methods.steer_reproject, worker_methods.steer_repack):
+        assert follow(worker) == {"state": "busy"}
     worker.wake_up(["kv_cache"])
     assert rank.steering.asleep, "the weights are not there yet"
     worker.wake_up(["weights"])
@@ -97,3 +98,41 @@ def test_a_worker_without_steering(worker: Any) -> None:
     worker.model_runner = SimpleNamespace()
     worker.sleep(1)
     worker.wake_up()
+
+
+def test_a_call_in_it_is_followed_by_nothing(rank: toys.Rank, worker: Any) -> None:
+    """The tables are not there either: what was loaded is served again when they are."""
+
+    class Core:
+        steering = rank.admission
+
+        def collective_rpc(self, method: Any, timeout: float | None = None, args: Any = ()) -> list[Any]:
+            return [getattr(worker_methods, method)(worker) if method.startswith("steer_") else "its result"]
+
+    def ask(core: Any, method: str) -> Any:
+        answers = core.collective_rpc(method)
+        return answers[0], answers
+
+    weights.install(Core, ask)
+    worker.sleep(2)
+    rank.steering.tables.refill = None  # type: ignore[assignment, method-assign]
+    assert Core().collective_rpc("reset") == ["its result"]
+    rank.add("a")
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_it_is_touched_where_it_is_on(on: bool) -> None:
+    class Worker:
+        def __init__(self, vllm_config: Any) -> None: ...
+
+        def sleep(self, level: int = 1) -> None: ...
+
+        def wake_up(self, tags: list[str] | None = None) -> None: ...
+
+    worker_methods._patch_init(Worker)
+    config = toys.vllm_config()
+    config.model_config.enable_sleep_mode = on
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker_methods.refusals, "check", lambda config: None)
+        made = Worker(config)
+    assert ("sleep" in vars(made), "wake_up" in vars(made)) == (on, on)

@@ -49,6 +49,20 @@ async def catalog(registry: Registry) -> Catalog:
     return registry.catalog
 
 
+async def test_the_base_is_the_one_served_now(registry: Registry, engine: FakeEngine, make: Make) -> None:
+    """After a reload of another model its artifacts load without a restart, and those of the former do not."""
+    engine.serves = replace(BASE, weights="other")
+    make("new", lofit(1), base=engine.serves)
+    make("old", lofit(2))
+    await registry.load("new", "new")
+    with pytest.raises(ArtifactInvalid, match="weights"):
+        await registry.load("old", "old")
+    engine.serves = EngineUnavailable("not known")
+    with pytest.raises(EngineUnavailable, match="not known"):
+        await registry.load("old", "old")
+    assert [entry.name for entry in await catalog(registry)] == ["new"]
+
+
 async def test_load_and_unload(registry: Registry, engine: FakeEngine, make: Make) -> None:
     make("honest")
     entry = await registry.load("honest", "honest")
