@@ -110,7 +110,7 @@ def test_a_call_in_it_is_followed_by_nothing(rank: toys.Rank, worker: Any) -> No
             return [getattr(worker_methods, method)(worker) if method.startswith("steer_") else "its result"]
 
     def ask(core: Any, method: str) -> Any:
-        answers = core.collective_rpc(method)
+        answers = core.collective_rpc(weights.Own(method))
         return answers[0], answers
 
     weights.install(Core, ask)
