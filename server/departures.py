@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
 
-from ..errors import EngineUnavailable
 from .names import log
 
 _ABORTED_WITHIN = 0.02  # seconds; vLLM does not tell when it has sent an abort
@@ -31,13 +30,7 @@ class Departures:
         self._settle = settle
         self._in_background = in_background
         self._leaving: list[Lease] = []
-        self._settling = 0
         self._running = False
-
-    @property
-    def count(self) -> int:
-        """Requests that still hold something."""
-        return len(self._leaving) + self._settling
 
     def add(self, lease: Lease) -> None:
         """Release it a little later. Those that come together wait together."""
@@ -51,13 +44,11 @@ class Departures:
             while self._leaving:
                 await asyncio.sleep(_ABORTED_WITHIN)
                 gone, self._leaving = self._leaving, []
-                self._settling = len(gone)
                 try:
                     await self._settle()
-                except EngineUnavailable as error:
-                    log.warning("the engine did not say that it is done with requests that left: %s", error)
+                except Exception as error:  # whatever it is, those who leave meanwhile must not wait for the next one
+                    log.warning("the engine did not say that it is done with requests that left: %r", error)
                 finally:
-                    self._settling = 0
                     for lease in gone:
                         lease.release()
         finally:

@@ -40,16 +40,6 @@ class Gate:
         self._waiting: deque[Ticket] = deque()
         self._held: set[Ticket] = set()
 
-    @property
-    def used(self) -> tuple[int, int]:
-        """Rows in use: additive, low-rank."""
-        return self._additive.used, self._low_rank.used
-
-    @property
-    def waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._waiting)
-
     def request(self, rows: Rows) -> Ticket:
         """Queue up; the ticket must be released whatever happens.
 

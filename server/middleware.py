@@ -45,9 +45,13 @@ class SteerMiddleware:
             await self._guard(scope, receive, send)
 
     async def _start(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse to start without the endpoint plugin: vLLM only logs it when a plugin cannot be imported."""
-        if _front(scope) is not None:
-            await self.app(scope, receive, send)
+        """From start to stop. Without the endpoint plugin there is no start: vLLM only logs one it cannot import."""
+        front = _front(scope)
+        if front is not None:
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                await front.registry.names.close()
             return
         await receive()
         message = "steer_vllm: the endpoint plugin is not there, so nothing would be steered; its error is above"

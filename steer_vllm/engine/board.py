@@ -22,11 +22,6 @@ class Board:
         self._failure = context.RawArray("c", _FAILURE_BYTES)
 
     @property
-    def servers(self) -> int:
-        """How many it is for."""
-        return len(self._epochs)
-
-    @property
     def latest(self) -> int:
         """The newest epoch that any server has announced; 0 at first."""
         return max(self._epochs)

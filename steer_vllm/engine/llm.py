@@ -12,19 +12,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import vllm
 from vllm import SamplingParams
 
 from ..catalog import Catalog, Entry, check_name
 from ..config import SteerConfig
-from ..errors import EngineUnavailable, InvalidIntervention, NoRows, StartupRefused, Unsupported
+from ..errors import EngineUnavailable, InvalidIntervention, NoRows, StartupRefused
 from ..fit import check_fit
 from ..intervention import Intervention
 from ..plan import nominal_contents
 from ..request import EXTRA_ARG, Steering, bind, parse
 from ..rows import Content
-from . import plugin
+from . import adapters, plugin
 from .client import SyncEngine
+from .plain import PlainLLM
 from .settings import KEY, entry
 
 Asked = Sequence[Mapping[str, Any]] | None
@@ -36,7 +36,7 @@ _OF_PROMPTS = ("priority", "lora_request")
 __all__ = ["LLM", "SamplingParams"]
 
 
-class LLM(vllm.LLM):
+class LLM(PlainLLM):
     """vLLM's `LLM` that can apply interventions.
 
     steer: limits, a `SteerConfig` or its dict. All other arguments are vLLM's.
@@ -126,12 +126,6 @@ class LLM(vllm.LLM):
         kwargs = {"use_tqdm": use_tqdm, "lora_request": lora_request, **kwargs}
         return self._steered(super().chat, many, sampling_params, kwargs, interventions, response_start)
 
-    def beam_search(self, *args: Any, interventions: Asked = None, **kwargs: Any) -> Any:
-        """vLLM's `beam_search`, which cannot carry interventions. Errors: `Unsupported` when some are asked for."""
-        if interventions:
-            raise Unsupported("beam search drops interventions: use sampling with n > 1")
-        return super().beam_search(*args, **kwargs)
-
     def _steered(
         self,
         run: Callable[..., list[Any]],
@@ -159,17 +153,24 @@ class LLM(vllm.LLM):
             )
             for one, param in zip(asked, params, strict=True)
         ]
-        loras = kwargs.get("lora_request")
-        per_prompt = list(loras) if isinstance(loras, (list, tuple)) else [loras] * len(prompts)
-        for steering, lora in zip(steerings, per_prompt, strict=True):
-            for component in steering.components if steering and lora else ():
-                self._engine.check_adapter(lora, component.digest)
+        self._check_adapters(kwargs.get("lora_request"), steerings)
         steered = [_with(param, steering) for param, steering in zip(params, steerings, strict=True)]
         outputs: list[Any] = []
         for wave in self._waves(steerings):
             own = {name: kwargs[name][wave] for name in _OF_PROMPTS if isinstance(kwargs.get(name), (list, tuple))}
             outputs += self._run(run, prompts[wave], steered[wave], {**kwargs, **own})
         return outputs
+
+    def _check_adapters(self, loras: Any, steerings: Sequence[Steering | None]) -> None:
+        """Ask the engine once of each adapter and content that meet on a prompt. Errors: `Unsupported`."""
+        per_prompt = list(loras) if isinstance(loras, (list, tuple)) else [loras] * len(steerings)
+        meeting = {
+            (adapters.identity(lora), lora.load_inplace, component.digest): lora
+            for steering, lora in zip(steerings, per_prompt, strict=True)
+            for component in (steering.components if steering and lora else ())
+        }
+        for (_, _, digest), lora in meeting.items():
+            self._engine.check_adapter(lora, digest)
 
     def _run(self, run: Callable[..., list[Any]], prompts: Any, params: Any, kwargs: dict[str, Any]) -> list[Any]:
         """One call of vLLM; what goes wrong in the engine becomes an error and leaves no request behind.

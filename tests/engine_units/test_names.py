@@ -141,7 +141,7 @@ def test_utilities_answer() -> None:
 
 def test_board() -> None:
     board = Board(3)
-    assert (board.servers, board.latest, board.failure) == (3, 0, "")
+    assert (board.latest, board.failure) == (0, "")
     board.announce(2, 5)
     board.announce(0, 4)
     board.announce(2, 3)  # an answer that was overtaken

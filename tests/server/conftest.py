@@ -23,6 +23,7 @@ from steer_vllm.plan import PartSummary, Summary
 from steer_vllm.positions import Positions
 from steer_vllm.server.asked import asked_model
 from steer_vllm.server.front import Front
+from steer_vllm.server.gate import Gate
 from steer_vllm.server.keys import Keys
 from steer_vllm.server.middleware import SteerMiddleware
 from steer_vllm.server.registry import Registry
@@ -272,11 +273,17 @@ async def eventually(holds: Callable[[], bool]) -> None:
     pytest.fail("it did not happen")
 
 
+def used(gate: Gate) -> tuple[int, int]:
+    """Rows in use: additive, low-rank."""
+    return gate._additive.used, gate._low_rank.used
+
+
 async def assert_idle(front: Front) -> None:
     """Nothing is held and nobody waits, as soon as the engine is done with requests that left."""
-    await eventually(lambda: front.departures.count == 0)
-    assert front.gate.used == (0, 0)
-    assert front.gate.waiting == 0
+    await eventually(lambda: not front.departures._running)
+    assert not front.departures._leaving
+    assert used(front.gate) == (0, 0)
+    assert not front.gate._waiting
     assert not front.registry.catalog._users
 
 

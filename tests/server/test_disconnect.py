@@ -15,7 +15,7 @@ from steer_vllm.server import body as bodies
 from steer_vllm.server.front import Front
 from steer_vllm.server.middleware import SteerMiddleware
 
-from .conftest import FakeEngine, Make, assert_idle, direction, eventually, fill, lofit
+from .conftest import FakeEngine, Make, assert_idle, direction, eventually, fill, lofit, used
 
 HELD = {"model": "tiny:honest", "prompt": "x"}
 
@@ -111,7 +111,7 @@ async def test_while_it_is_served(server: Server, front: Front, streams: bool) -
     server.streams = streams
     call = Call(server, HELD)
     await server.entered.wait()
-    assert front.gate.used == (1, 0)
+    assert used(front.gate) == (1, 0)
     call.disconnect()
     await call.task
     assert server.saw_disconnect
@@ -170,7 +170,7 @@ class TestWaiting:
     async def test_gets_its_turn(self, server: Server, front: Front, holder: Call) -> None:
         call = Call(server, {"model": "tiny:polite"})
         await turn()
-        assert front.gate.waiting == 1
+        assert len(front.gate._waiting) == 1
         assert not server.entered.is_set()
         server.finish.set()
         await call.task
@@ -194,7 +194,7 @@ class TestWaiting:
         await call.task
         assert (call.status, call.error["code"]) == (503, "no_rows")
         assert (b"retry-after", b"1") in call.sent[0]["headers"]
-        assert front.gate.used == (1, 0)
+        assert used(front.gate) == (1, 0)
         await self.end(server, holder, front)
 
     async def test_disconnect(self, server: Server, front: Front, holder: Call) -> None:
@@ -203,7 +203,7 @@ class TestWaiting:
         call.disconnect()
         await call.task
         assert not call.sent
-        assert (front.gate.used, front.gate.waiting) == ((1, 0), 0)
+        assert (used(front.gate), len(front.gate._waiting)) == ((1, 0), 0)
         await self.end(server, holder, front)
 
     async def test_cancelled(self, server: Server, front: Front, holder: Call) -> None:
@@ -212,7 +212,7 @@ class TestWaiting:
         call.task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call.task
-        assert front.gate.waiting == 0
+        assert len(front.gate._waiting) == 0
         await self.end(server, holder, front)
 
     async def test_turn_and_disconnect_at_once(self, server: Server, front: Front, holder: Call) -> None:
@@ -233,7 +233,7 @@ class TestWaiting:
     async def test_equal_edits_share(self, server: Server, front: Front, holder: Call) -> None:
         call = Call(server, {**HELD, "interventions": None, "n": 4})
         await server.entered.wait()
-        assert front.gate.used == (1, 0)
+        assert used(front.gate) == (1, 0)
         await self.end(server, holder, front)
         await call.task
 
@@ -306,7 +306,7 @@ class TestLeaving:
         call = Call(server, {"model": "tiny:polite"})
         await eventually(lambda: engine.settled == 1)
         await turn()
-        assert (engine.settled, front.gate.used, front.gate.waiting) == (1, (1, 0), 1)
+        assert (engine.settled, used(front.gate), len(front.gate._waiting)) == (1, (1, 0), 1)
         assert not server.entered.is_set()
         server.finish.set()
         engine.hold.set()
@@ -335,15 +335,27 @@ class TestLeaving:
         await server.entered.wait()
         server.finish.set()
         await call.task
-        assert front.gate.used == (0, 0)
+        assert used(front.gate) == (0, 0)
         assert engine.settled == 0
 
-    async def test_without_an_answer_of_the_engine(self, server: Server, front: Front, engine: FakeEngine) -> None:
-        engine.fails = EngineUnavailable("gone")
+    @pytest.mark.parametrize("error", [EngineUnavailable("gone"), KeyError("a bug")], ids=["gone", "a bug"])
+    async def test_without_an_answer_of_the_engine(
+        self, server: Server, front: Front, engine: FakeEngine, error: Exception
+    ) -> None:
+        """Also those who leave while it is asked give their rows back, with nobody after them."""
+        engine.fails = error
+        engine.hold.clear()
         leaver = Call(server, HELD)
         await server.entered.wait()
         leaver.disconnect()
         await leaver.task
+        await eventually(lambda: engine.settled == 1)
+        server.entered.clear()
+        other = Call(server, HELD)  # the same edit: it shares the row
+        await server.entered.wait()
+        other.disconnect()
+        await other.task
+        engine.hold.set()
         await assert_idle(front)
 
 

@@ -376,6 +376,26 @@ async def test_without_the_endpoint_plugin_nothing_is_served() -> None:
     assert sent[0]["type"] == "lifespan.startup.failed"
 
 
+async def test_nothing_runs_on_when_the_server_stops(front: Front) -> None:
+    """vLLM has deleted the app's state by then."""
+    app = app_of(front)
+    names = front.registry.names
+    assert names._background, "it follows the board"
+    sent: list[str] = []
+
+    async def receive() -> dict[str, str]:
+        return {"type": "lifespan.shutdown" if sent else "lifespan.startup"}
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+        if sent == ["lifespan.startup.complete"]:
+            del app.state.steer
+
+    await app({"type": "lifespan", "app": app, "state": {}}, receive, send)
+    assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    assert not names._background
+
+
 async def test_websockets_are_closed(app: FastAPI) -> None:
     sent: list[Any] = []
 
