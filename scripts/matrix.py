@@ -27,8 +27,9 @@ RUNNERS = "V1 eager and compiled, V2 eager and traced"
 HEAD = """# Releases of vLLM
 
 What was run against which release, by `python scripts/matrix.py RELEASE...`. *Run*: the tests named were run with that
-release's CPU build, on the runners named. *Facts*: every function that is replaced, and what is read of vLLM's objects,
-was checked on the wheel's source by `scripts/check_vllm.py`, which imports nothing.
+release's CPU build, on the runners named. *Facts*: the functions that are replaced or called and the fields that are
+read, as `engine/requirements.py` and `engine/fields.py` list them, were checked on the wheel's source by
+`scripts/check_vllm.py`, which imports nothing.
 
 | vLLM | torch | state | runners | tests | date |
 |---|---|---|---|---|---|

@@ -6,13 +6,11 @@ Knows nothing of interventions; what was asked for is told by a function.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from ..errors import StartupRefused
-
-_PARAMETERS = ["self", "lora_request"]
+from . import requirements
 
 
 def answer_with(asked: Callable[[], str | None]) -> None:
@@ -30,9 +28,9 @@ def answer_with(asked: Callable[[], str | None]) -> None:
     original: Any = OpenAIServingModels.model_name
     if hasattr(original, "steer_vllm"):
         return
-    parameters = list(inspect.signature(original).parameters)
-    if parameters != _PARAMETERS:
-        raise StartupRefused(f"OpenAIServingModels.model_name takes {parameters}, {_PARAMETERS} is expected")
+    unmet = requirements.problem(requirements.MODEL_NAME)
+    if unmet:
+        raise StartupRefused(unmet)
 
     @functools.wraps(original)
     def model_name(self: Any, lora_request: Any = None) -> str:

@@ -13,18 +13,24 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ..errors import StartupRefused
 
-OLDEST, NEWEST = (0, 26), (0, 33)
+Release = tuple[int, int]
+OLDEST: Release = (0, 26)
+NEWEST: Release = (0, 33)
 """Minor releases that are supported, both included."""
 
 
 @dataclass(frozen=True)
 class Seam:
-    """A function of vLLM, the parameters it must have (in this order, first ones) and the file here that uses it."""
+    """A function of vLLM, the parameters it must have (in this order, first ones) and the file here that uses it.
+
+    since: the release that brought it, where that is not the oldest.
+    """
 
     module: str
     name: str
     parameters: tuple[str, ...]
     used_by: str
+    since: Release = OLDEST
 
 
 SEAMS = (
@@ -77,6 +83,7 @@ SEAMS = (
     Seam("vllm.v1.engine.core", "EngineCore.remove_lora", ("self", "lora_id"), "lifetimes.py"),
     Seam("vllm.v1.engine.core", "EngineCore.collective_rpc", ("self", "method", "timeout", "args"), "weights.py"),
     Seam("vllm.v1.engine.core", "EngineCoreProc._reject_add_in_shutdown", ("self",), "lifetimes.py"),
+    Seam("vllm.v1.engine.core", "EngineCoreProc._reject_add_while_paused", ("self",), "lifetimes.py", since=(0, 33)),
     Seam(
         "vllm.v1.engine.core_client",
         "AsyncMPClient.__init__",
@@ -98,82 +105,15 @@ SEAMS = (
 )
 
 
-@dataclass(frozen=True)
-class Field:
-    """A class of vLLM, what its objects must have, and the file here that reads it."""
-
-    module: str
-    kind: str
-    names: tuple[str, ...]
-    used_by: str
-
-
-FIELDS = (
-    Field(
-        "vllm.v1.worker.gpu_model_runner",
-        "GPUModelRunner",
-        ("input_batch", "query_start_loc", "positions", "get_model", "model_config", "load_config"),
-        "runner_v1.py",
-    ),
-    Field("vllm.v1.worker.gpu_input_batch", "InputBatch", ("req_ids",), "runner_v1.py"),
-    Field(
-        "vllm.v1.worker.gpu.input_batch",
-        "InputBatch",
-        ("req_ids", "num_reqs", "query_start_loc", "positions", "num_tokens"),
-        "runner_v2.py",
-    ),
-    Field(
-        "vllm.v1.worker.gpu.model_runner",
-        "GPUModelRunner",
-        ("model_state", "model_config", "load_config"),
-        "runner_v2.py",
-    ),
-    Field("vllm.v1.core.sched.output", "NewRequestData", ("req_id", "sampling_params"), "runner_v1.py"),
-    Field(
-        "vllm.v1.core.sched.output",
-        "SchedulerOutput",
-        ("finished_req_ids", "scheduled_new_reqs", "total_num_scheduled_tokens"),
-        "runner_v1.py",
-    ),
-    Field(
-        "vllm.v1.engine",
-        "EngineCoreRequest",
-        (
-            "request_id",
-            "prompt_token_ids",
-            "prompt_embeds",
-            "sampling_params",
-            "lora_request",
-            "resumable",
-            "mm_features",
-        ),
-        "lifetimes.py",
-    ),
-    Field(
-        "vllm.v1.engine.core",
-        "EngineCore",
-        ("scheduler", "model_executor", "vllm_config", "mm_receiver_cache"),
-        "lifetimes.py",
-    ),
-    Field("vllm.lora.request", "LoRARequest", ("lora_name", "lora_int_id", "lora_path", "load_inplace"), "adapters.py"),
-    Field("vllm.sampling_params", "SamplingParams", ("extra_args",), "lifetimes.py"),
-    Field("vllm.config", "VllmConfig", ("additional_config",), "settings.py"),
-    Field(
-        "vllm.model_executor.layers.linear",
-        "RowParallelLinear",
-        ("input_size_per_partition", "output_size", "tp_rank", "tp_size", "reduce_results", "quant_method"),
-        "layers.py",
-    ),
-    Field("vllm.model_executor.layers.attention_layer_base", "AttentionLayerBase", (), "layers.py"),
-    Field("vllm.model_executor.layers.mamba.abstract", "MambaBase", (), "layers.py"),
-    Field(
-        "vllm.model_executor.layers.fused_moe.runner.moe_runner_interface",
-        "MoERunnerInterface",
-        (),
-        "layers.py",
-    ),
+MODEL_NAME = Seam(
+    "vllm.entrypoints.openai.models.serving", "OpenAIServingModels.model_name", ("self", "lora_request"), "http.py"
 )
-"""Read, not replaced: `scripts/check_vllm.py` checks them on vLLM's source, where importing it would not show them."""
+ELSEWHERE = (
+    Seam("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.load_model", ("self",), "runner_v1.py"),
+    MODEL_NAME,
+)
+"""Of modules that not every process can import, or has a use for: `scripts/check_vllm.py` checks them, and who uses
+them."""
 
 
 def vllm_version() -> str | None:
@@ -186,9 +126,20 @@ def problems() -> list[str]:
     found = vllm_version()
     if found is None:
         return ["vLLM is not installed"]
-    release = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
+    release = release_of(found)
     lines = [] if OLDEST <= release <= NEWEST else [f"vLLM {found}: supported are {_text(OLDEST)} to {_text(NEWEST)}"]
-    return lines + [line for line in map(_problem, SEAMS) if line]
+    return lines + [line for line in map(problem, seams(release)) if line]
+
+
+def release_of(found: str) -> Release:
+    """The minor release of a version."""
+    major, minor = found.split("+")[0].split(".")[:2]
+    return int(major), int(minor)
+
+
+def seams(release: Release) -> tuple[Seam, ...]:
+    """Those that a release must have."""
+    return tuple(seam for seam in SEAMS if seam.since <= release)
 
 
 def require() -> None:
@@ -198,7 +149,8 @@ def require() -> None:
         raise StartupRefused("steer-vllm cannot run in this vLLM:\n  " + "\n  ".join(lines))
 
 
-def _problem(seam: Seam) -> str | None:
+def problem(seam: Seam) -> str | None:
+    """What is not as needed in the installed vLLM; None when it is."""
     where = f"{seam.module}.{seam.name}"
     try:
         target = importlib.import_module(seam.module)

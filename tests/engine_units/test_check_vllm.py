@@ -12,7 +12,8 @@ from types import ModuleType
 
 import pytest
 
-from steer_vllm.engine.requirements import FIELDS, SEAMS
+from steer_vllm.engine.fields import FIELDS
+from steer_vllm.engine.requirements import ELSEWHERE, SEAMS
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +57,21 @@ def wheel_without(check: ModuleType, installed: Path, path: Path, name: str) -> 
     return path
 
 
-@pytest.mark.parametrize("name", ["_update_states", "init_model_state", "call_utility", "query_start_loc", "resumable"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_update_states",
+        "init_model_state",
+        "call_utility",
+        "query_start_loc",
+        "resumable",
+        "model_name",
+        "client_index",
+    ],
+)
 def test_what_is_gone_names_the_file(name: str, check: ModuleType, installed: Path, tmp_path: Path) -> None:
     lines = check.problems(check.Source(wheel_without(check, installed, tmp_path / "vllm.whl", name)))
-    wanted = {fact.used_by for fact in SEAMS if fact.name.split(".")[-1] == name}
+    wanted = {fact.used_by for fact in (*SEAMS, *ELSEWHERE) if fact.name.split(".")[-1] == name}
     wanted |= {fact.used_by for fact in FIELDS if name in fact.names}
     assert {line.split("steer_vllm/engine/")[1] for line in lines} == wanted
     assert all(name in line for line in lines)
@@ -70,6 +82,17 @@ def test_a_parameter_that_is_another_names_the_file(check: ModuleType, installed
     assert any(
         "_prepare_inputs takes" in line and line.endswith("mend steer_vllm/engine/runner_v1.py") for line in lines
     )
+
+
+def test_what_a_later_release_brought(check: ModuleType, installed: Path, tmp_path: Path) -> None:
+    """Whoever says to be that release must have it; the installed one says what it is."""
+    path = wheel_without(check, installed, tmp_path / "vllm.whl", "_reject_add_while_paused")
+    source = check.Source(path)
+    said = any("_reject_add_while_paused is gone" in line for line in check.problems(source))
+    assert said == (source.release >= (0, 33))
+    source._trees["vllm._version"] = None
+    assert source.release == (0, 33)
+    assert any("_reject_add_while_paused is gone" in line for line in check.problems(source))
 
 
 def test_a_folder_that_is_no_vllm(check: ModuleType, tmp_path: Path) -> None:
