@@ -52,7 +52,10 @@ def serve(
         str | None, typer.Option(help="guards every path but /health; better: STEER_VLLM_API_KEY")
     ] = None,
     admin_key_file: Annotated[
-        Path | None, typer.Option(help="file with the key for loading and unloading; or STEER_VLLM_ADMIN_KEY")
+        Path | None,
+        typer.Option(
+            help="file with the key for loading, unloading and what else is the operator's; or STEER_VLLM_ADMIN_KEY"
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0: all")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
