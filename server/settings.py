@@ -70,8 +70,8 @@ class Settings(BaseModel):
     """Everything about a server that vLLM's own flags do not say.
 
     store: folder below which /v1/load_intervention may find artifacts; without one it loads only what was given here.
-    api_key guards every path but /health; admin_key those of the operator (`keys.ADMIN_PATHS`). Neither belongs in a file that
-    others can read: STEER_VLLM_API_KEY and STEER_VLLM_ADMIN_KEY are read from the environment.
+    api_key guards every path but /health; admin_key those of the operator (`keys.ADMIN_PATHS`). Neither belongs in a
+    file that others can read: STEER_VLLM_API_KEY and STEER_VLLM_ADMIN_KEY are read from the environment.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
