@@ -39,23 +39,29 @@ V2_TRACED = Engine("v2-traced", {**V2.env, "VLLM_CPU_CI_ENV": "1"}, {"enforce_ea
 
 OFFLOADING = Engine("offloading", {"PYTHONPATH": str(HERE / "offload")}, {"enforce_eager": True})
 
+
+def two_cores() -> dict[str, str]:
+    """Bind one rank each to two cores that this process may use, or both to the only one."""
+    cores = sorted(os.sched_getaffinity(0))
+    return {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
+
+
 _FAULTS = {"PYTHONPATH": str(HERE / "faults")}
-_TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 TENSOR_PARALLEL = Engine(
     "tensor-parallel",
-    {**_FAULTS, **_TWO_CORES},
+    {**_FAULTS, **two_cores()},
     {"enforce_eager": True, "tensor_parallel_size": 2},
     driver="async_driver",
 )
 DATA_PARALLEL = Engine(
     "data-parallel",
-    {**_FAULTS, **_TWO_CORES},
+    {**_FAULTS, **two_cores()},
     {"enforce_eager": True, "data_parallel_size": 2},
     driver="async_driver",
 )
 PIPELINE_PARALLEL = Engine(
     "pipeline-parallel",
-    {**_V2, **_TWO_CORES},
+    {**_V2, **two_cores()},
     {"enforce_eager": True, "pipeline_parallel_size": 2},
     runner="v2",
     driver="async_driver",

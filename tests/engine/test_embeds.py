@@ -14,7 +14,7 @@ from steer_vllm.demo import MODEL_PATH
 from steer_vllm.fingerprint import Fingerprint
 from steer_vllm.hf import steered
 
-from . import artifacts, engines, oracle
+from . import artifacts, cached, engines, oracle
 
 BLOCK = 32
 LONG = 3 * BLOCK + 5
@@ -90,8 +90,7 @@ def results(
 
 
 def test_counts_are_what_the_keys_promise(results: list[dict[str, Any]]) -> None:
-    found = {step.title: result["cached"] for step, result in zip(steps(), results, strict=True)}
-    assert found == {step.title: step.cached for step in steps()}
+    cached.check_counts(steps(), results)
 
 
 def test_answers_are_exact(

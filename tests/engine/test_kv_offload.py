@@ -14,7 +14,7 @@ from steer_vllm import Intervention
 from steer_vllm.demo import MODEL_PATH
 from steer_vllm.fingerprint import Fingerprint
 
-from . import artifacts, engines, oracle
+from . import artifacts, cached, engines, oracle
 
 BLOCK = 32
 LONG = [20 + (7 * i) % 300 for i in range(3 * BLOCK + 5)]
@@ -78,9 +78,7 @@ def results(interventions: dict[str, Intervention], tmp_path_factory: pytest.Tem
 
 
 def test_counts_are_what_the_keys_promise(results: list[dict[str, Any]]) -> None:
-    assert {step.title: result["cached"] for step, result in zip(steps(), results, strict=True)} == {
-        step.title: step.cached for step in steps()
-    }
+    cached.check_counts(steps(), results)
 
 
 def test_answers_are_exact(results: list[dict[str, Any]], interventions: dict[str, Intervention]) -> None:

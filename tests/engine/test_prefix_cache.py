@@ -16,7 +16,7 @@ from steer_vllm import Intervention
 from steer_vllm.demo import MODEL_PATH
 from steer_vllm.fingerprint import Fingerprint
 
-from . import artifacts, engines, oracle
+from . import artifacts, cached, engines, oracle
 
 BLOCK = 32
 LONG = [20 + (13 * i) % 60 for i in range(100)]
@@ -115,8 +115,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_counts_are_what_the_keys_promise(results: list[dict[str, Any]]) -> None:
-    found = {step.title: result["cached"] for step, result in zip(steps(), results, strict=True)}
-    assert found == {step.title: step.cached for step in steps()}
+    cached.check_counts(steps(), results)
 
 
 def test_answers_are_exact(results: list[dict[str, Any]]) -> None:

@@ -25,7 +25,7 @@ TWO_RANKS = Engine(
     "two-ranks",
     {
         **engines.V1_EAGER.env,
-        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        **engines.two_cores(),
         "PYTHONPATH": str(Path(__file__).parent / "workers"),
     },
     engines.V1_EAGER.llm,

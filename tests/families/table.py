@@ -17,7 +17,6 @@ from .observe import CASES, Observation, title
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 _KINDS = {site: [kind for at, kind in CASES if at is site] for site in Site}
-_WORDS = {Site.ATTENTION_OUTPUT: "attention output", Site.MLP_OUTPUT: "MLP output", Site.BLOCK_OUTPUT: "block output"}
 
 _HEAD = """# Model families
 

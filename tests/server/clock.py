@@ -36,7 +36,7 @@ class _Selector(selectors.DefaultSelector):
 
 
 class Clock(asyncio.SelectorEventLoop):
-    """For `asyncio.Runner(loop_factory=Clock)`."""
+    """For `asyncio.Runner(loop_factory=Clock)`; the asynchronous tests of this folder run on it."""
 
     def __init__(self) -> None:
         self._jumping = _Selector()

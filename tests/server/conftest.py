@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,18 @@ from steer_vllm.server.routes import router
 from steer_vllm.server.settings import Limits
 from steer_vllm.server.store import Store
 
+from .clock import Clock
 from .fake_core import FakeCore
 
 BASE = Fingerprint(hidden_size=8, num_layers=2, num_heads=2, head_dim=4, vocab_size=99, weights="abc")
 ADMIN = {"Authorization": "Bearer the-admin-key"}
 
 Make = Callable[..., Path]
+
+
+def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """No test of this folder waits for real: a second has passed when nothing else is left to do."""
+    return {"clock": Clock}
 
 
 class FakeEngine:
@@ -265,7 +271,7 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def eventually(holds: Callable[[], bool]) -> None:
-    """For what happens in the background, however slow the machine is."""
+    """For what happens in the background, within seconds of the loop's clock."""
     for _ in range(500):
         if holds():
             return

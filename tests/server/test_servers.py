@@ -154,6 +154,7 @@ class History:
         for server in self.servers:
             server.names.follow()
         await asyncio.gather(*(self.user(steps) for _ in range(users)))
+        assert all(self.done[kind] for kind in ("load", "request")), "nothing has happened"
         for name in NAMES:
             with suppress(ModelNotFound):
                 await self.servers[0].unload(name)
