@@ -16,6 +16,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import psutil
 from prometheus_client import REGISTRY
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -30,6 +31,9 @@ from steer_vllm.engine.conversation import Call
 from steer_vllm.engine.settings import KEY, entry
 from steer_vllm.errors import SteerError
 from steer_vllm.request import EXTRA_ARG, bind, parse
+
+LONGEST = 120
+"""Seconds for anything that is waited for."""
 
 
 class Steps:
@@ -98,34 +102,23 @@ class Steps:
         return await asyncio.gather(*(self.generate(request) for request in step["requests"]))
 
     async def generate(self, request: dict[str, Any], started: asyncio.Event | None = None) -> Any:
-        """One request; the caller goes away "abort_after" so many tokens, or "leave_after" so many seconds.
-
-        started: set at the second token.
-        """
-        try:
-            return await asyncio.wait_for(self._generate(request, started), request.get("leave_after"))
-        except asyncio.TimeoutError:
-            return {"left": True}
-
-    async def _generate(self, request: dict[str, Any], started: asyncio.Event | None) -> Any:
+        """One request. started: set at the second token."""
         steering = bind(parse(request.get("interventions") or []), self.catalog.get, self.config)
         extra = {EXTRA_ARG: steering.to_wire()} if steering else None
         values = {"temperature": 0, "logprobs": 1, "ignore_eos": True, **request.get("params", {})}
         params = SamplingParams(**values, extra_args=extra)
         prompt = {"prompt_token_ids": request["tokens"]}
         self.arriving += 1
-        answers = self.llm.generate(prompt, params, str(uuid.uuid4()), data_parallel_rank=request.get("rank"))
         output = None
-        async for output in answers:
+        async for output in self.llm.generate(
+            prompt, params, str(uuid.uuid4()), data_parallel_rank=request.get("rank")
+        ):
             if started is not None and len(output.outputs[0].token_ids) >= 2:
                 started.set()
-            if len(output.outputs[0].token_ids) >= request.get("abort_after", 1 << 30):
-                await answers.aclose()
-                break
         return result(output)
 
     async def do_together(self, step: dict[str, Any]) -> Any:
-        """Several steps at once; "after" delays one of them."""
+        """Several steps at once; "start" delays one of them."""
 
         async def one(part: dict[str, Any]) -> Any:
             await asyncio.sleep(part.get("start", 0))
@@ -142,26 +135,46 @@ class Steps:
         return await self.llm.reset_prefix_cache(reset_running_requests=step.get("running", False))
 
     async def do_during(self, step: dict[str, Any]) -> Any:
-        """Steps while requests run; "more" are sent after them. An answer per step, then one per request."""
+        """Steps while requests run: an answer per step, and one per request; "send" adds requests.
+
+        They begin when every request has its second token, or with "sent" when the engine has them all, though some
+        may wait there.
+        """
         events = [asyncio.Event() for _ in step["requests"]]
         tasks = [asyncio.create_task(self.generate(*pair)) for pair in zip(step["requests"], events, strict=True)]
-        await asyncio.gather(*(event.wait() for event in events))
-        answers = []
+        async with asyncio.timeout(LONGEST):
+            await (self._all_sent() if "sent" in step else asyncio.gather(*(event.wait() for event in events)))
+        answers: list[Any] = []
         for part in step["steps"]:
             if part["do"] == "shutdown":
-                self.llm.shutdown()
-                answers.append([task.cancel() for task in tasks])  # vLLM itself tells those who wait nothing
+                answers.append(await self._shutdown(tasks))
             elif part["do"] == "send":
                 tasks += [asyncio.create_task(self.generate(request)) for request in part["requests"]]
-                await asyncio.sleep(0.1)
+                await self._all_sent()
                 answers.append({})
             elif part["do"] == "cancel":
-                answers.append([task.cancel() for task in tasks])
+                answers.append([task.cancel() for task in tasks[:: part.get("every", 1)]])
             else:
                 answers.append(await self.attempt(part))
-        ended = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 120)
+        ended = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), LONGEST)
         told = [{"raised": type(end).__name__} if isinstance(end, BaseException) else end for end in ended]
         return {"steps": answers, "requests": told}
+
+    async def _all_sent(self) -> None:
+        """Requests whose task was created are in the engine."""
+        await asyncio.sleep(0)  # they choose their content
+        while self.arriving:
+            await asyncio.sleep(0.002)
+        await self.engine.settle()
+
+    async def _shutdown(self, tasks: list[asyncio.Task[Any]]) -> Any:
+        """What is left of the engine, and of the requests once it is gone: who still waits then is told nothing."""
+        roots = [psutil.Process(one.pid) for one in self.llm.engine_core.resources.engine_manager.processes]
+        family = [process for root in roots for process in (root, *root.children(recursive=True))]
+        self.llm.shutdown()
+        _, alive = await asyncio.to_thread(psutil.wait_procs, family, 30)
+        await asyncio.wait(tasks, timeout=1)
+        return {"ended": len(family) - len(alive), "alive": len(alive), "waiting": [task.cancel() for task in tasks]}
 
     async def do_pause(self, step: dict[str, Any]) -> Any:
         await self.llm.pause_generation(mode=step["mode"], clear_cache=step.get("clear", True))

@@ -16,11 +16,13 @@ import torch
 from engine import artifacts, loras, oracle
 
 from steer_vllm import Intervention
+from steer_vllm.config import SPARE_ROWS
 from steer_vllm.demo import MODEL_PATH
 from steer_vllm.fingerprint import Fingerprint
 
 from .test_serve import ENGINE_FLAGS, Server, start, wait_for
 
+ROWS = 2
 TOKENS = [20 + (7 * i) % 300 for i in range(12)]
 
 
@@ -47,6 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         lora.save(folder / name)
         modules.append(f"{name}={folder / name}")
     given = [f"--artifact={name}={folder / 'store' / name}" for name in contents()]
+    given.append(f"--additive-rows={ROWS}")
     # vLLM on a CPU takes the last slot for requests without an adapter: it must stay empty
     flags = [*ENGINE_FLAGS, "--enable-lora", "--max-loras=3", "--max-lora-rank=8", "--lora-modules", *modules]
     process, url = start(MODEL_PATH, folder / "log", *given, flags=flags)
@@ -135,12 +138,12 @@ def test_beam_search(server: Server) -> None:
 
 
 def test_a_stream_is_cancelled(server: Server) -> None:
-    """Its rows come back: the table is asked for once more by as many others."""
-    more = {"interventions": [{"name": "heads"}]}
-    for _ in range(3):
+    """Its row comes back: there are fewer, even with the spare ones, than streams with contents of their own."""
+    for number in range(ROWS + SPARE_ROWS + 1):
+        more = {"interventions": [{"name": "heads", "scale": 0.5 + number / 100}]}
         stream = server.client.completions.create(
             model="inner", prompt="what do", max_tokens=200, stream=True, extra_body=more
         )
         assert isinstance(next(stream), openai.types.Completion)
         stream.close()
-    assert ask(server, model="inner", **more)["model"] == "inner"
+    assert ask(server, model="inner", interventions=[{"name": "heads"}])["model"] == "inner"
