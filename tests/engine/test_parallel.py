@@ -180,13 +180,14 @@ def test_data_parallel(tmp_path: Path) -> None:
     requests = batch((0, 1))
     job.add("first", {"do": "generate", "requests": requests})
     job.add("again", {"do": "generate", "requests": requests})
-    running = [one("lofit-0", 1, tokens=160), one("loreft-tied", 1, tokens=40)]
+    running = [one("lofit-0", 1, tokens=60), one("loreft-tied", 1, tokens=40)]
     for fault in ("fail-read@EngineCore_DP1", "fail-commit@EngineCore_DP1", "fail-commit@EngineCore_DP0"):
         job.add(fault, during(running, job.load("late", fault)))
     job.add("cancelled", {**job.load("late", "slow@EngineCore_DP1"), "do": "cancelled_load", "after": 0.3})
     job.add("before", {"do": "facts"})
     job.add("late", during(running, job.load("late", "slow@EngineCore_DP0")))
-    job.add("used elsewhere", during(running, {"do": "unload", "name": "lofit-0", "wait": False}))
+    user = one("lofit-0", 1, tokens=160)  # too many to end before it is asked for
+    job.add("used elsewhere", during([user], {"do": "unload", "name": "lofit-0", "wait": False}))
     job.add("both", {"do": "generate", "requests": [one("late", 0), one("late", 1)]})
     job.add("back", job.load("lofit-0"))
     job.add("both again", {"do": "generate", "requests": [one("lofit-0", 0), one("lofit-0", 1)]})
