@@ -43,5 +43,8 @@ class Clock(asyncio.SelectorEventLoop):
         super().__init__(self._jumping)
         self.set_default_executor(_AtOnce())
 
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
+        """It has no threads; to wait for them, asyncio starts one, of which this loop would not know."""
+
     def time(self) -> float:
         return self._jumping.passed
