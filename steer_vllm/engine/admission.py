@@ -44,6 +44,7 @@ class Admission:
         self._closing: set[str] = set()
         self._unfit: dict[str, str] = {}
         self._unknown: str | None = None
+        self._doomed: set[int] = set()
         self._users: Counter[str] = Counter()
         self._pins: dict[int, _Pin] = {}
         self._adapters: dict[str, set[Adapter]] = {}
@@ -113,6 +114,7 @@ class Admission:
             if plan.ticket not in self._pins:
                 return
             digests, additive, low_rank = self._pins.pop(plan.ticket)
+            self._doomed.discard(plan.ticket)
             self._users.subtract(digests)
             self._additive.release_all(additive)
             self._low_rank.release_all(low_rank)
@@ -195,11 +197,18 @@ class Admission:
             self._loaded |= {summary.digest: summary for summary in summaries}
             self._unfit = dict(unfit)
             self._unknown = None
+            self._doomed |= {ticket for ticket, (digests, *_) in self._pins.items() if not digests.isdisjoint(unfit)}
 
     def spoil(self, reason: str) -> None:
         """Which weights are served is not known: nothing is admitted, loaded before or after, until `follow` comes."""
         with self._lock:
             self._unknown = reason
+            self._doomed |= self._pins.keys()
+
+    def doomed(self, plan: Plan) -> bool:
+        """Whether `follow` or `spoil` came to a request in flight whose edits no longer fit: it has to end."""
+        with self._lock:
+            return plan.ticket in self._doomed
 
     def check_known(self) -> None:
         """Errors: `EngineUnavailable` while it is not known which weights are served: from `spoil` to `follow`."""

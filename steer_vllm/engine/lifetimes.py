@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -18,6 +19,7 @@ from ..plan import Plan
 from ..request import EXTRA_ARG, Steering
 from . import adapters
 from .admission import Admission
+from .ending import tell
 from .settings import steer_config
 
 _creating = threading.Lock()
@@ -124,11 +126,27 @@ def _patch_reject(engine_core_proc: Any, name: str) -> None:
     def reject_and_release(self: Any, request: Any) -> bool:
         rejected: bool = reject(self, request)
         plan = plan_of(request.sampling_params)
+        if plan and not rejected and self.steering.doomed(plan):  # between its arrival and here weights have changed
+            tell(self, [request.request_id], request.client_index)
+            rejected = True
         if rejected and plan:
             self.steering.release(plan)
         return rejected
 
     setattr(engine_core_proc, name, reject_and_release)
+
+
+def end_doomed(core: Any, admission: Admission) -> None:
+    """End with an error what the scheduler has, running or waiting, and the book says must end. Between two steps."""
+    from vllm.v1.request import RequestStatus
+
+    plans = {name: plan_of(request.sampling_params) for name, request in core.scheduler.requests.items()}
+    doomed = [name for name, plan in plans.items() if plan is not None and admission.doomed(plan)]
+    clients: dict[int, list[str]] = defaultdict(list)
+    for request in core.scheduler.finish_requests(doomed, RequestStatus.FINISHED_ERROR):
+        clients[request.client_index].append(request.request_id)
+    for client, names in clients.items():
+        tell(core, names, client)
 
 
 def _patch_lora(engine_core: Any, name: str, number_of: Callable[[Any], int]) -> None:

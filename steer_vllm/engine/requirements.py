@@ -93,6 +93,18 @@ SEAMS = (
     Seam(
         "vllm.v1.utils", "run_api_server_worker_proc", ("listen_address", "sock", "args", "client_config"), "serve.py"
     ),
+    Seam(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.finish_requests",
+        ("self", "request_ids", "finished_status"),
+        "lifetimes.py",
+    ),
+    Seam(
+        "vllm.v1.engine.core",
+        "EngineCoreProc._send_error_outputs_to_client",
+        ("self", "req_ids", "client_index"),
+        "ending.py",
+    ),
     Seam("vllm.v1.core.sched.scheduler", "Scheduler._free_request", ("self", "request"), "lifetimes.py"),
     Seam(
         "vllm.v1.engine.core_client",

@@ -14,6 +14,7 @@ from ..errors import EngineUnavailable, Unsupported
 from ..plan import PartSummary, merge
 from .admission import Admission
 from .answer import Answer
+from .lifetimes import end_doomed
 
 AskRanks = Callable[..., tuple[Answer, list[Answer]]]
 OURS = "steer_"
@@ -57,8 +58,10 @@ def follow(core: Any, admission: Admission, ask_ranks: AskRanks) -> None:
     """Compile again on every rank, or on none.
 
     Content whose base model is no longer the one served is refused to new requests; it comes back with its weights.
-    Requests in flight go on, with offsets of the new weights, as vLLM lets them.
-    Errors: `EngineUnavailable` when a rank fails; nothing that is loaded is then admitted until a later call succeeds.
+    Requests in flight go on, with offsets of the new weights, as vLLM lets them; those that use such content end with
+    an error.
+    Errors: `EngineUnavailable` when a rank fails; nothing is then admitted until a later call succeeds, and every
+    request in flight that has interventions ends with an error.
     """
     try:
         worst, _ = ask_ranks(core, "steer_reproject")
@@ -71,9 +74,11 @@ def follow(core: Any, admission: Admission, ask_ranks: AskRanks) -> None:
     if worst["state"] != "done":
         reason = f"head offsets could not be computed for the present weights: {worst.get('message', worst['state'])}"
         admission.spoil(reason)
-        raise EngineUnavailable(f"{reason}; requests in flight still have those of the former weights: abort them")
+        end_doomed(core, admission)
+        raise EngineUnavailable(f"{reason}; requests in flight that have interventions have ended with an error")
     parts = {
         digest: [[PartSummary(**part) for part in answer["parts"][digest]] for answer in answers]
         for digest in answers[0]["parts"]
     }
     admission.follow([merge(digest, ranks) for digest, ranks in parts.items()], answers[0]["unfit"])
+    end_doomed(core, admission)

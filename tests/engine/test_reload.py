@@ -124,3 +124,47 @@ def test_new_weights(engine: engines.Engine, models: dict[str, Path], tmp_path: 
     assert checked == sum(step["do"] == "reset" for _, part in plan for step in part) == 7
     (facts,) = results[-1][-1]
     assert facts["admission"]["pinned"] == facts["admission"]["additive_rows"] == 0
+
+
+def test_requests_in_flight(models: dict[str, Path], tmp_path: Path) -> None:
+    """Invariant: exactly the intervention asked for, or an error: those whose edits no longer fit end with one."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(models["twin"] / "model.safetensors", bare)  # no config.json: which base it is cannot be read
+    base = Fingerprint.of(models["first"])
+    (lofit,) = artifacts.save_all({"lofit": artifacts.lofit(base, 1)}, tmp_path / "artifacts")
+    asks: list[Any] = [[{"name": "lofit"}], [{"name": "lofit"}], None]
+    params = [{"max_tokens": 120}, {"max_tokens": 120, "n": 2, "temperature": 1.0}, {"max_tokens": 120}]
+    flying = [
+        {"tokens": PROMPT, "interventions": ask, "params": param} for ask, param in zip(asks, params, strict=True)
+    ]
+    during = {"do": "during", "requests": flying}
+    generate = {"do": "generate", "requests": requests()[::2]}
+    answers = engines.run(
+        engines.V1_ASYNC,
+        tmp_path / "run",
+        models["first"],
+        [
+            lofit,
+            {**during, "steps": [reload(weights_path=str(models["first"]))]},
+            {**during, "steps": [reload(weights_path=str(models["other"]))]},
+            reload(weights_path=str(models["first"])),
+            {**during, "steps": [reload(weights_path=str(bare)), {**lofit, "name": "late"}, generate]},
+            reload(weights_path=str(models["first"])),
+            {"do": "reset"},
+            generate,
+            {"do": "facts"},
+        ],
+    )
+    _, same, other, _, unknown, _, _, generated, (facts,) = answers
+    assert [answer["finish"] for answer in same["requests"]] == ["length"] * 3
+    for answer in (other, unknown):
+        assert [one["finish"] for one in answer["requests"]] == ["error", "error", "length"]
+    failed, late, refused = unknown["steps"]
+    assert "config.json" in failed["message"]
+    assert late["error"] == "engine_unavailable"
+    assert [answer["finish"] for answer in refused] == ["error", "length"]
+    model = oracle.load(str(models["first"]))
+    for request, result in zip(requests()[::2], generated, strict=True):
+        oracle.check(model, request, result, {"lofit": artifacts.lofit(base, 1)})
+    assert facts["admission"]["pinned"] == facts["admission"]["additive_rows"] == 0

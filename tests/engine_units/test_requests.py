@@ -130,6 +130,17 @@ def test_what_vllm_cannot_build_is_released(core: Any) -> None:
     assert pinned(core) == 0
 
 
+def test_what_ceases_to_fit_on_its_way_to_the_scheduler(core: Any) -> None:
+    """Admitted in the input thread, and weights changed in the main loop before it came there."""
+    taken, _ = core.preprocess_add_request(request(client_index=3))
+    core.steering.spoil("weights unknown")
+    told: list[Any] = []
+    core.output_queue, core._send_error_outputs_to_client = None, lambda *of: told.append(of)
+    assert core._reject_add_in_shutdown(taken)
+    assert told == [(["r"], 3)]
+    assert pinned(core) == 0
+
+
 def test_what_is_turned_away_is_released(core: Any) -> None:
     taken, _ = core.preprocess_add_request(request())
     core.closed = True
