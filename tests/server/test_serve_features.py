@@ -140,7 +140,8 @@ def test_beam_search(server: Server) -> None:
 def test_a_stream_is_cancelled(server: Server) -> None:
     """Its row comes back: there are fewer, even with the spare ones, than streams with contents of their own."""
     for number in range(ROWS + SPARE_ROWS + 1):
-        more = {"interventions": [{"name": "heads", "scale": 0.5 + number / 100}], "ignore_eos": True}
+        asks = [{"name": "heads"}, {"name": "direction", "scale": 0.5 + number / 100}]  # one alone has the same row
+        more = {"interventions": asks, "ignore_eos": True}
         stream = server.client.completions.create(
             model="inner", prompt="what do", max_tokens=200, stream=True, extra_body=more
         )
