@@ -16,8 +16,6 @@ CONFIGURATION = Configuration(
         "block_size": 32,
         "max_num_batched_tokens": 48,
         "max_num_seqs": 16,
-        "num_gpu_blocks_override": 10,
-        "async_scheduling": True,
     },
     steer={"additive_sites": ["attention_output", "mlp_output", "block_output"]},
 )
@@ -27,8 +25,14 @@ ROWS = {64: 200, 2: 40}
 
 @pytest.fixture(scope="module", params=ROWS)
 def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    """Many rows in a crowd, or few that go from hand to hand.
+
+    A row that is handed on too early shows where nobody waits for blocks and no step is scheduled ahead.
+    """
     steer = {**CONFIGURATION.steer, "additive_rows": request.param}
-    configuration = CONFIGURATION.model_copy(update={"steer": steer})
+    many = request.param > 2
+    llm = {**CONFIGURATION.llm, "async_scheduling": many, "num_gpu_blocks_override": 10 if many else 80}
+    configuration = CONFIGURATION.model_copy(update={"steer": steer, "llm": llm})
     with Session(configuration, tmp_path_factory.mktemp("canary")) as made:
         yield made
 

@@ -51,11 +51,11 @@ def main() -> int:
 def run(mutant: Mutant | None, killer: str) -> str:
     """What became of the test on a copy with that fault. A test that cannot be collected has noticed nothing."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        root = copy(Path(folder))
+        root = copy(Path(folder) / "tree")
         if mutant is not None:
             mutant.apply(root)
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", killer],
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"--basetemp={folder}/tmp", killer],
             cwd=root,
             env={**os.environ, "PYTHONPATH": str(root)},
             capture_output=True,
