@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from engine.engines import V2
+from engine.engines import V2, two_cores
 
 from . import models
 from .case import MODEL_LEN, Case, Configuration
@@ -104,8 +104,7 @@ def environment(configuration: Configuration) -> dict[str, str]:
         if configuration.compiled:
             values["VLLM_CPU_CI_ENV"] = "1"  # no code is generated; on V1 this mode of vLLM's corrupts memory
     if {"tensor_parallel_size", "pipeline_parallel_size"} & set(configuration.llm):
-        cores = sorted(os.sched_getaffinity(0))
-        values["VLLM_CPU_OMP_THREADS_BIND"] = f"{cores[0]}|{cores[-1]}"
+        values |= two_cores()
     return values
 
 
