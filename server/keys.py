@@ -20,6 +20,7 @@ OPERATOR_PATHS = frozenset(
         "/adapters",
         "/collective_rpc",
         "/server_info",
+        "/kv_event_sources",
         "/reset_prefix_cache",
         "/reset_mm_cache",
         "/reset_encoder_cache",

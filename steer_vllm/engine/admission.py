@@ -137,7 +137,10 @@ class Admission:
         """
         with self._lock:
             if adapter.number in self._restless:
-                raise Unsupported(f"{adapter} is being loaded in place, so its weights may change at any step")
+                raise Unsupported(
+                    f"the LoRA {adapter.name!r} was loaded in place by a request, so its weights may change at any "
+                    "step: load it once more with add_lora"
+                )
             if digest in self._loaded:
                 self._adapters.setdefault(digest, set()).add(adapter)
 
@@ -197,6 +200,7 @@ class Admission:
             self._loaded |= {summary.digest: summary for summary in summaries}
             self._unfit = dict(unfit)
             self._unknown = None
+            self._adapters.clear()  # vLLM reads them again after a reload, and their files may be others by then
             self._doomed |= {ticket for ticket, (digests, *_) in self._pins.items() if not digests.isdisjoint(unfit)}
 
     def spoil(self, reason: str) -> None:

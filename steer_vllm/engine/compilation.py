@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import ArtifactInvalid
 from ..fingerprint import Fingerprint
 from ..intervention import Intervention
 from ..packed import Packed, pack
@@ -90,15 +91,18 @@ class Compilation:
 
 @answered
 @torch.inference_mode()
-def reproject(steering: WorkerSteering, read_base: Callable[[], Fingerprint]) -> Answer:
-    """The weights may have changed: project every head offset anew, on this rank alone. read_base: of their files.
+def reproject(steering: WorkerSteering, source: tuple[str, str | None], read_base: Callable[[], Fingerprint]) -> Answer:
+    """The weights may have changed: project every head offset anew, on this rank alone.
 
+    source: of their files; read_base: what is in these. They are read where weights were loaded from them, and only
+    then: files may change under a model that is served as it is.
     What is on its way was checked and compiled with others, wholly or in part, and fails, also where this does.
     """
     steering.stale = True
     for load in steering.pending.values():
         load.spoilt = True
-    steering.base = read_base()
+    if steering.base_source != source:
+        steering.base, steering.base_source = read_base(), source
     for compilation in steering.compilations.values():
         for plain in (True, False):
             compilation.project(plain=plain)
@@ -118,22 +122,31 @@ def _packed(compilation: Compilation) -> tuple[Packed, ...] | Exception | None:
 def repack(steering: WorkerSteering) -> Answer:
     """The second phase, once every rank has projected: store and table rows get what the ranks add up to.
 
-    parts: the new summaries; unfit: digest -> why it no longer belongs to the base model.
+    parts: the new summaries; unfit: digest -> why it no longer belongs to the base model, or is not finite with it.
     """
-    outcomes = {digest: _packed(compilation) for digest, compilation in steering.compilations.items()}
-    for outcome in outcomes.values():
-        if isinstance(outcome, Exception):
-            raise outcome
-    packed = {digest: outcome for digest, outcome in outcomes.items() if isinstance(outcome, tuple)}
-    if len(packed) < len(outcomes):
+    packed: dict[str, tuple[Packed, ...]] = {}
+    unfit: dict[str, str] = {}
+    others: list[Exception | None] = []
+    for digest, compilation in steering.compilations.items():
+        outcome = _packed(compilation)
+        if isinstance(outcome, tuple):
+            packed[digest] = outcome
+        elif isinstance(outcome, ArtifactInvalid):
+            unfit[digest] = outcome.message
+        else:
+            others.append(outcome)
+    for failure in filter(None, others):
+        raise failure
+    if others:
         return {"state": "undone"}
     for digest, parts in packed.items():
         steering.store.update({(digest, number): part for number, part in enumerate(parts)})
     steering.tables.refill(packed, steering.store)
     steering.stale = False
     differences = {digest: base.difference(steering.base) for digest, base in steering.bases.items()}
+    unfit |= {digest: text for digest, text in differences.items() if text}
     return {
         "state": "done",
         "parts": {digest: [part.summary()._asdict() for part in parts] for digest, parts in packed.items()},
-        "unfit": {digest: text for digest, text in differences.items() if text},
+        "unfit": unfit,
     }

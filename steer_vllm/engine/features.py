@@ -31,7 +31,9 @@ _ROWS = (
     ),
     Feature("tensor parallelism", SUPPORTED, "tests/engine/test_parallel.py"),
     Feature("pipeline parallelism", SUPPORTED, "tests/engine/test_parallel.py"),
-    Feature("data parallelism with internal load balancing", SUPPORTED, "tests/engine/test_parallel.py"),
+    Feature(
+        "data parallelism of dense models, with internal load balancing", SUPPORTED, "tests/engine/test_parallel.py"
+    ),
     Feature("preemption and resume", SUPPORTED, "tests/engine/test_lifetimes.py"),
     Feature(
         "unload, replace and abort while requests wait, run or are preempted",

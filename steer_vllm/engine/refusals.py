@@ -36,6 +36,11 @@ REFUSALS = (
         ),
     ),
     Refusal(
+        "data parallelism of a mixture of experts",
+        "its engines step together, and one that turns a request away would leave the others waiting",
+        lambda config: config.parallel_config.data_parallel_size > 1 and config.model_config.is_moe,
+    ),
+    Refusal(
         "enable_dbo / ubatch_size (ubatching)",
         "half of a split batch would read the other half's token slots",
         lambda config: config.parallel_config.use_ubatching,

@@ -34,6 +34,11 @@ def steer_config(vllm_config: Any) -> SteerConfig | None:
     return SteerConfig.from_dict({name: value for name, value in values.items() if name != "version"})
 
 
+def base_source(configs: Any) -> tuple[str, str | None]:
+    """Where the files of the model being served come from; `base_fingerprint` says what is in them."""
+    return configs.model_config.model, configs.model_config.revision
+
+
 def base_fingerprint(configs: Any) -> Fingerprint:
     """The fingerprint of the model being served, from the files that vLLM loaded.
 

@@ -17,7 +17,8 @@ def install(worker: Any) -> None:
 
     What: before, loads that read weights end, and no other begins; after, tables, segments and token slots are written
     again. Why: a load would read memory that is unmapped, which ends the process; at level 2 requests would find no
-    segments. Since 0.26. Can go when vLLM lets a plugin keep memory out of its pool.
+    segments. As long as sleep mode is refused, only tests/gpu/test_sleep.py comes here. Since 0.26. Can go when vLLM
+    lets a plugin keep memory out of its pool.
     """
     sleep, wake_up = worker.sleep, worker.wake_up
 

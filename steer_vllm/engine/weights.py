@@ -18,6 +18,10 @@ from .lifetimes import end_doomed
 
 AskRanks = Callable[..., tuple[Answer, list[Answer]]]
 OURS = "steer_"
+_RELOADS = ("reload_weights", "load_model")
+"""vLLM's calls that read weights from their files."""
+_PAUSES = ("checkpoint_prepare",)
+"""vLLM's calls after which no rank reaches another until a later call, which is followed again."""
 
 
 class Own(str):
@@ -44,18 +48,18 @@ def install(engine_core: Any, ask_ranks: AskRanks) -> None:
         if isinstance(method, str) and method.startswith(OURS):
             raise Unsupported(f"collective_rpc: {method[:100]} is called by steer-vllm alone")
         admission: Admission | None = getattr(self, "steering", None)
-        if admission is None:
+        if admission is None or method in _PAUSES:
             return collective_rpc(self, method, *args, **kwargs)
         try:
             return collective_rpc(self, method, *args, **kwargs)
         finally:
-            follow(self, admission, ask_ranks)
+            follow(self, admission, ask_ranks, reloaded=method in _RELOADS)
 
     engine_core.collective_rpc = call_and_follow
 
 
-def follow(core: Any, admission: Admission, ask_ranks: AskRanks) -> None:
-    """Compile again on every rank, or on none.
+def follow(core: Any, admission: Admission, ask_ranks: AskRanks, *, reloaded: bool) -> None:
+    """Compile again on every rank, or on none. reloaded: the weights came from their files.
 
     Content whose base model is no longer the one served is refused to new requests; it comes back with its weights.
     Requests in flight go on, with offsets of the new weights, as vLLM lets them; those that use such content end with
@@ -64,7 +68,7 @@ def follow(core: Any, admission: Admission, ask_ranks: AskRanks) -> None:
     request in flight that has interventions ends with an error.
     """
     try:
-        worst, _ = ask_ranks(core, "steer_reproject")
+        worst, _ = ask_ranks(core, "steer_reproject", reloaded)
         if worst["state"] == "done":
             worst, answers = ask_ranks(core, "steer_repack")
     except Exception as error:  # a call that vLLM could not bring back: what the ranks did is not known
@@ -76,9 +80,10 @@ def follow(core: Any, admission: Admission, ask_ranks: AskRanks) -> None:
         admission.spoil(reason)
         end_doomed(core, admission)
         raise EngineUnavailable(f"{reason}; requests in flight that have interventions have ended with an error")
+    unfit = {digest: text for answer in answers for digest, text in answer["unfit"].items()}
     parts = {
         digest: [[PartSummary(**part) for part in answer["parts"][digest]] for answer in answers]
-        for digest in answers[0]["parts"]
+        for digest in answers[0]["parts"].keys() - unfit
     }
-    admission.follow([merge(digest, ranks) for digest, ranks in parts.items()], answers[0]["unfit"])
+    admission.follow([merge(digest, ranks) for digest, ranks in parts.items()], unfit)
     end_doomed(core, admission)

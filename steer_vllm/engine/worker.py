@@ -19,7 +19,7 @@ from ..plan import Plan
 from ..slots import RequestSlots, SlotTables, TokenSlots, staged
 from .binding import Binding
 from .compilation import Compilation
-from .settings import base_fingerprint, steer_config
+from .settings import base_fingerprint, base_source, steer_config
 from .wrapping import wrap
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class WorkerSteering:
     def __init__(self, vllm_config: Any, config: SteerConfig, model: torch.nn.Module, device: torch.device) -> None:
         self.config = config
         self.base = base_fingerprint(vllm_config)
+        self.base_source: tuple[str, str | None] | None = base_source(vllm_config)  # None: to be read again
         self.dtype: torch.dtype = vllm_config.model_config.dtype
         self.device = device
         self.binding = Binding(model, config)

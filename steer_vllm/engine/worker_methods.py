@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import EngineUnavailable, StartupRefused
 from . import adapters, compilation, loader, refusals, sleep
 from .answer import Answer, answered
-from .settings import base_fingerprint, steer_config
+from .settings import base_fingerprint, base_source, steer_config
 from .worker import WorkerSteering
 
 _ASLEEP: Answer = {"state": "busy"}
@@ -103,9 +103,14 @@ def steer_adapter(self: Any, lora_request: Any, digest: str) -> Answer:
 
 
 @answered
-def steer_reproject(self: Any) -> Answer:
-    steering = steering_of(self)
-    return _ASLEEP if steering.asleep else compilation.reproject(steering, lambda: base_fingerprint(self.model_runner))
+def steer_reproject(self: Any, reloaded: bool) -> Answer:
+    """reloaded: the weights were read from their files again."""
+    steering, configs = steering_of(self), self.model_runner
+    if reloaded:
+        steering.base_source = None
+    if steering.asleep:
+        return _ASLEEP
+    return compilation.reproject(steering, base_source(configs), lambda: base_fingerprint(configs))
 
 
 @answered

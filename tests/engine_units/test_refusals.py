@@ -41,6 +41,13 @@ def parallel(**fields: Any) -> Case:
     return Case(fields=turn_on)
 
 
+def experts_in_two_engines(config: VllmConfig) -> None:
+    assert not config.model_config.is_moe
+    config.model_config.model_arch_config.num_experts = 4
+    assert config.model_config.is_moe
+    config.parallel_config.data_parallel_size = 2
+
+
 def overrides(**fields: Any) -> Case:
     """What a model's own config.json would say."""
     dtype = {"dtype": fields.pop("dtype")} if "dtype" in fields else {}
@@ -65,6 +72,7 @@ def speculation(**fields: Any) -> Case:
 
 ON: dict[str, Case] = {
     "data_parallel_external_lb / data_parallel_hybrid_lb": parallel(data_parallel_hybrid_lb=True),
+    "data parallelism of a mixture of experts": Case(fields=experts_in_two_engines),
     "enable_dbo / ubatch_size (ubatching)": parallel(enable_dbo=True),
     "prefill_context_parallel_size > 1": parallel(prefill_context_parallel_size=2),
     "decode_context_parallel_size > 1": parallel(decode_context_parallel_size=2),

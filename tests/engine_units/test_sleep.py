@@ -79,8 +79,8 @@ def test_nothing_reads_weights_in_it(rank: toys.Rank, worker: Any) -> None:
         answer = ask()
         assert (answer["state"], answer["code"]) == ("failed", "engine_unavailable")
         assert "sleeps" in answer["message"]
-    for follow in (worker_methods.steer_reproject, worker_methods.steer_repack):
-        assert follow(worker) == {"state": "busy"}
+    assert worker_methods.steer_reproject(worker, reloaded=True) == {"state": "busy"}
+    assert worker_methods.steer_repack(worker) == {"state": "busy"}
     worker.wake_up(["kv_cache"])
     assert rank.steering.asleep, "the weights are not there yet"
     worker.wake_up(["weights"])
@@ -107,10 +107,10 @@ def test_a_call_in_it_is_followed_by_nothing(rank: toys.Rank, worker: Any) -> No
         steering = rank.admission
 
         def collective_rpc(self, method: Any, timeout: float | None = None, args: Any = ()) -> list[Any]:
-            return [getattr(worker_methods, method)(worker) if method.startswith("steer_") else "its result"]
+            return [getattr(worker_methods, method)(worker, *args) if method.startswith("steer_") else "its result"]
 
-    def ask(core: Any, method: str) -> Any:
-        answers = core.collective_rpc(weights.Own(method))
+    def ask(core: Any, method: str, *args: Any) -> Any:
+        answers = core.collective_rpc(weights.Own(method), args=args)
         return answers[0], answers
 
     weights.install(Core, ask)

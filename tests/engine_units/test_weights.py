@@ -19,6 +19,10 @@ from steer_vllm.plan import Summary
 from steer_vllm.request import Steering
 from steer_vllm.segments import Component
 
+SOURCE = ("folder", None)
+FACTORS = {"double": 2.0, "overflow": torch.inf}
+"""What calls of this name multiply output projections by."""
+
 
 class Core:
     """An engine core of one rank, whose worker answers in this process."""
@@ -44,14 +48,17 @@ class Core:
     def collective_rpc(self, method: Any, timeout: float | None = None, args: Any = ()) -> list[Any]:
         self.called.append(method)
         if method == "steer_reproject":
-            return [compilation.reproject(self.rank.steering, self.read_base)]
+            (reloaded,) = args
+            if reloaded:
+                self.rank.steering.base_source = None
+            return [compilation.reproject(self.rank.steering, SOURCE, self.read_base)]
         if method == "steer_repack":
             return [compilation.repack(self.rank.steering)]
         if method == "break":
             raise RuntimeError("the call itself failed")
-        if method == "double":
+        if method in FACTORS:
             for layer in self.rank.model.layers:
-                layer.self_attn.o_proj.weight.data.mul_(2)  # type: ignore[union-attr, operator]
+                layer.self_attn.o_proj.weight.data.mul_(FACTORS[method])  # type: ignore[union-attr, operator]
         return ["its result"]
 
 
@@ -132,6 +139,23 @@ def test_another_base_is_refused_until_its_own_is_back(core: Core) -> None:
     admit(core, "lofit")
 
 
+def test_files_are_read_when_they_are_loaded(core: Core) -> None:
+    """What lies in the folder later is not what is served."""
+    core.base = None
+    core.collective_rpc("double")
+    admit(core, "lofit")
+    core.base = dataclasses.replace(BASE, weights="cd" * 32)
+    core.collective_rpc("double")
+    admit(core, "direction")
+
+
+def test_offsets_that_are_not_finite_are_refused_alone(core: Core) -> None:
+    core.collective_rpc("overflow")
+    admit(core, "direction")
+    with pytest.raises(ArtifactInvalid, match="not finite"):
+        admit(core, "lofit")
+
+
 def test_a_rank_that_fails_refuses_everything_until_the_next_call(core: Core) -> None:
     good = core.rank.steering.projections
     core.rank.steering.projections = {layer: lambda heads: 1 / 0 for layer in good}  # type: ignore[misc]
@@ -165,7 +189,7 @@ def test_what_is_on_its_way_fails_also_where_the_base_cannot_be_read(core: Core,
     steering.pending[item.digest].thread.join()
     core.base = None
     with pytest.raises(EngineUnavailable, match=r"config\.json"):
-        core.collective_rpc("double")
+        core.collective_rpc("reload_weights")
     for ask in (worker_methods.steer_poll, worker_methods.steer_commit):
         assert ask(worker, item.digest)["state"] == "failed"
     begun = worker_methods.steer_begin(worker, str(tmp_path), item.digest)

@@ -49,7 +49,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # sums in another order
 def vllm_config(config: SteerConfig | None = CONFIG) -> Any:
     return SimpleNamespace(
         additional_config={} if config is None else {KEY: entry(config)},
-        model_config=SimpleNamespace(dtype=torch.float32),
+        model_config=SimpleNamespace(dtype=torch.float32, model="folder", revision=None),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=4),
     )
 
