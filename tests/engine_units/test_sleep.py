@@ -79,7 +79,7 @@ def test_nothing_reads_weights_in_it(rank: toys.Rank, worker: Any) -> None:
         answer = ask()
         assert (answer["state"], answer["code"]) == ("failed", "engine_unavailable")
         assert "sleeps" in answer["message"]
-    assert worker_methods.steer_reproject(worker, reloaded=True) == {"state": "busy"}
+    assert worker_methods.steer_reproject(worker, True) == {"state": "busy"}
     assert worker_methods.steer_repack(worker) == {"state": "busy"}
     worker.wake_up(["kv_cache"])
     assert rank.steering.asleep, "the weights are not there yet"
