@@ -31,9 +31,13 @@ def draw(seed: int) -> Configuration:
     if roll.random() < 0.3:
         llm["long_prefill_token_threshold"] = roll.choice([5, 11])
     if roll.random() < 0.5:
-        groups = 2 if shape.family == "gemma3" else 1  # blocks of sliding windows are counted apart
-        blocks = groups * -(-MODEL_LEN // llm["block_size"])
+        blocks = -(-MODEL_LEN // llm["block_size"])
+        if shape.family == "gemma3":  # blocks of sliding windows are counted apart, and there is one more of them
+            groups = 3 if shape.layers == 3 else 2
+            blocks = groups * (blocks + 1)
         llm["num_gpu_blocks_override"] = blocks + roll.choice([1, 2, 6])
+        if llm["scheduling_policy"] == "priority":  # where vLLM keeps cached blocks that were never computed
+            llm["enable_prefix_caching"] = False
     if parallel == "tensor":
         llm["tensor_parallel_size"] = 2
     if parallel == "pipeline":

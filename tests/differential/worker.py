@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from typing import Any
 
 from steer_vllm import LLM
 from steer_vllm.errors import SteerError
 from steer_vllm.request import EXTRA_ARG, bind, parse
 
-IDLE_STEPS = 2000
-"""Steps without an output after which a case is given up."""
+IDLE_STEPS, IDLE_SECONDS = 2000, 60.0
+"""Steps without an output, and their time, after which a case is given up. A grammar is compiled beside the steps."""
 
 
 class Player:
@@ -38,6 +39,7 @@ class Player:
         changes = sorted(self.case["changes"], key=lambda change: change["at"])
         waiting = sorted(range(len(self.results)), key=lambda i: self.case["requests"][i]["at"])
         step = idle = 0
+        last = time.monotonic()
         while changes or waiting or self.asked:
             while changes and changes[0]["at"] <= step:
                 self._change(changes.pop(0))
@@ -45,8 +47,10 @@ class Player:
                 self._enter(waiting.pop(0), step)
             for number in [number for number, at in self.deadlines.items() if at <= step]:
                 self._abort(number)
-            idle = 0 if self._step() else idle + 1
-            if idle > IDLE_STEPS:
+            if self._step():
+                idle, last = 0, time.monotonic()
+            idle += 1
+            if idle > IDLE_STEPS and time.monotonic() > last + IDLE_SECONDS:
                 raise RuntimeError(f"no output for {IDLE_STEPS} steps; in flight: {sorted(self.asked)}")
             step += 1
         self._settle()
