@@ -10,9 +10,9 @@ from .hunt import hunt
 SEEDS = {
     3: "V1 compiled, pieces of 5 tokens",
     6: "V1, pieces of 17 tokens, scheduled ahead; prefix cache",
-    9: "V2; prefix cache",
     10: "sliding windows beside full attention; prefix cache",
     18: "n-gram speculation",
+    47: "V2, scheduled ahead; prefix cache",
 }
 
 
