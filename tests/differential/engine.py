@@ -102,7 +102,7 @@ def environment(configuration: Configuration) -> dict[str, str]:
         values |= V2.env | kept
         values["PYTHONPATH"] = os.pathsep.join(filter(None, (V2.env["PYTHONPATH"], kept.get("PYTHONPATH"))))
         if configuration.compiled:
-            values["VLLM_CPU_CI_ENV"] = "1"  # no code is generated; on V1 this mode of vLLM's corrupts memory
+            values["VLLM_CPU_CI_ENV"] = "1"  # the interpreter cannot run generated code
     if {"tensor_parallel_size", "pipeline_parallel_size"} & set(configuration.llm):
         values |= two_cores()
     return values

@@ -200,6 +200,10 @@ def main() -> None:
     start = json.loads(reader.readline())
     llm = LLM(start["model"], steer=start["steer"], **start["llm"])
     preempted = count_preemptions(llm)
+    if not start["llm"]["enforce_eager"]:
+        # Without generated code vLLM makes its graph for the first batch: one of a single token would be all it can do.
+        llm.generate([{"prompt_token_ids": list(range(20, 40))}], sampling_params({"max_tokens": 1}), use_tqdm=False)
+        llm.llm_engine.reset_prefix_cache()
 
     def say(answer: dict[str, Any]) -> None:
         writer.write(json.dumps(answer) + "\n")
