@@ -29,7 +29,8 @@ HEAD = """# Releases of vLLM
 What was run against which release, by `python scripts/matrix.py RELEASE...`. *Run*: the tests named were run with that
 release's CPU build, on the runners named. *Facts*: the functions that are replaced or called and the fields that are
 read, as `engine/requirements.py` and `engine/fields.py` list them, were checked on the wheel's source by
-`scripts/check_vllm.py`, which imports nothing.
+`scripts/check_vllm.py`, which imports nothing. Releases that are not listed have not been tried. 0.32.0 is the release
+that the whole test suite runs with.
 
 | vLLM | torch | state | runners | tests | date |
 |---|---|---|---|---|---|

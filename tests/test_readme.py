@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -50,7 +51,8 @@ def port(trained: tuple[Path, str], environment: dict[str, str]) -> Iterator[int
     lines = blocks("bash")[0].splitlines()
     model = next(line for line in lines if line.startswith("MODEL="))
     serve = next(line for line in lines if line.startswith(SERVE)).replace("8000", str(port))
-    small = "-- --enforce-eager --gpu-memory-utilization 0.1"
+    (trained[0] / "admin.key").write_text("the-key\n")
+    small = "--store out --admin-key-file admin.key -- --enforce-eager --gpu-memory-utilization 0.1"
     log = (trained[0] / "server.log").open("w")
     server = subprocess.Popen(
         ["bash", "-euc", f"{model}\nexec {serve} {small}"],
@@ -85,6 +87,16 @@ def test_training_and_evaluation_run(trained: tuple[Path, str]) -> None:
     assert (folder / "out/honest/intervention_config.json").exists()
     assert (folder / "out/honest/plots/heads.png").exists()
     assert "honest" in printed
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the README's line needs curl")
+def test_an_intervention_is_loaded(port: int, trained: tuple[Path, str], environment: dict[str, str]) -> None:
+    (script,) = blocks("bash")[1:]
+    line = script.replace("8000", str(port))
+    done = subprocess.run(
+        ["bash", "-euc", line], cwd=trained[0], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert '"name":"careful"' in done.stdout, done.stdout
 
 
 def test_client_gets_other_answers(port: int, trained: tuple[Path, str], environment: dict[str, str]) -> None:

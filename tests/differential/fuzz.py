@@ -27,19 +27,22 @@ CANARY_EVERY, CANARY_ROUNDS = 4, 3
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="differential.fuzz")
-    parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=None, help="of the first configuration; by default the clock's")
+    parser = argparse.ArgumentParser(prog="differential.fuzz", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="after which no other configuration begins; the last one is ended"
+    )
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the first configuration")
     parser.add_argument("--examples", type=int, default=40, help="cases in each configuration")
-    parser.add_argument("--folder", type=Path, default=conftest.CACHE / "differential")
+    parser.add_argument(
+        "--folder", type=Path, default=conftest.CACHE / "differential", help="for the record and for failing cases"
+    )
     parser.add_argument("--summary", type=Path, nargs="+", help="add up these records and run nothing")
     options = parser.parse_args()
     if options.summary:
         print(json.dumps(summary(options.summary), indent=1))
         return 0
-    first = int(time.time()) if options.seed is None else options.seed
     options.folder.mkdir(parents=True, exist_ok=True)
-    return fuzz(first, 60 * options.minutes, options.examples, options.folder)
+    return fuzz(options.seed, 60 * options.minutes, options.examples, options.folder)
 
 
 def fuzz(first: int, seconds: float, examples: int, folder: Path) -> int:

@@ -127,7 +127,7 @@ MUTANTS = (
     ),
     Mutant(
         "batch-axis-as-token",
-        "[1, tokens, hidden] is taken for one token",
+        "A batch axis of 1 before the tokens passes for the number of tokens",
         "steer_vllm/engine/wrapping.py",
         "tokens = y.shape[-2]",
         "tokens = y.shape[0]",
