@@ -96,7 +96,7 @@ def test_an_intervention_is_loaded(port: int, trained: tuple[Path, str], environ
     done = subprocess.run(
         ["bash", "-euc", line], cwd=trained[0], env=environment, capture_output=True, text=True, timeout=60, check=True
     )
-    assert '"name":"careful"' in done.stdout, done.stdout
+    assert '"id":"careful"' in done.stdout, done.stdout
 
 
 def test_client_gets_other_answers(port: int, trained: tuple[Path, str], environment: dict[str, str]) -> None:
