@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
-from .worker import WorkerSteering
+from .worker import found_in
 
 
 def install(worker: Any) -> None:
@@ -24,7 +24,7 @@ def install(worker: Any) -> None:
 
     @wraps(sleep)
     def finish_and_sleep(level: int = 1) -> Any:
-        steering = _steering(worker)
+        steering = found_in(worker)
         if steering is not None:
             for load in list(steering.pending.values()):
                 load.thread.join()
@@ -34,16 +34,10 @@ def install(worker: Any) -> None:
     @wraps(wake_up)
     def wake_and_restore(tags: list[str] | None = None) -> Any:
         result = wake_up(tags)
-        steering = _steering(worker)
+        steering = found_in(worker)
         if steering is not None and (tags is None or "weights" in tags):
             steering.restore()
             steering.asleep = False
         return result
 
     worker.sleep, worker.wake_up = finish_and_sleep, wake_and_restore
-
-
-def _steering(worker: Any) -> WorkerSteering | None:
-    runner = worker.model_runner
-    found: WorkerSteering | None = getattr(getattr(runner, "model_state", runner), "steering", None)
-    return found

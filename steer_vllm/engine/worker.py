@@ -123,6 +123,13 @@ class WorkerSteering:
         self.requests.route(view.positions[: view.tokens], self._rows[owners], self.tokens)
 
 
+def found_in(worker: Any) -> WorkerSteering | None:
+    """Where a worker's runner keeps it: V1 on itself, V2 on its model state. None where there is none."""
+    runner = worker.model_runner
+    found: WorkerSteering | None = getattr(getattr(runner, "model_state", runner), "steering", None)
+    return found
+
+
 def attach(runner: Any, model: torch.nn.Module) -> WorkerSteering | None:
     """Give a runner its steering, once its weights are there; None where steering is off.
 

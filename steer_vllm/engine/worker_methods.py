@@ -12,7 +12,7 @@ from ..errors import EngineUnavailable, StartupRefused
 from . import adapters, compilation, loader, refusals, sleep
 from .answer import Answer, answered
 from .settings import base_fingerprint, base_source, steer_config
-from .worker import WorkerSteering
+from .worker import WorkerSteering, found_in
 
 _ASLEEP: Answer = {"state": "busy"}
 """No weights to follow and no tables to write: weights that come are brought by a call that ends here again."""
@@ -48,9 +48,8 @@ def _patch_init(worker_base: Any) -> None:
 
 
 def steering_of(worker: Any) -> WorkerSteering:
-    """Where the runner keeps it: V1 on itself, V2 on its model state. Errors: `StartupRefused` when there is none."""
-    runner = worker.model_runner
-    found = getattr(getattr(runner, "model_state", runner), "steering", None)
+    """Errors: `StartupRefused` when there is none."""
+    found = found_in(worker)
     if found is None:
         raise StartupRefused("a worker runs without steer-vllm: is the plugin allowed by VLLM_PLUGINS?")
     return found

@@ -306,8 +306,12 @@ def test_shares_of_a_sum_are_edited_once() -> None:
         given = Edit(torch.ones(3), LowRank(*(torch.ones(3) for _ in range(3))))
         left = binding.share({place: given, Place(1, place.site): given})
         assert left[Place(1, place.site)] is given
-        assert [bool(t.any()) for t in (left[place].offset, left[place].low_rank.c)] == [not rank] * 2  # type: ignore
-        assert torch.equal(left[place].low_rank.B, given.low_rank.B)  # type: ignore[union-attr]
+        offset, low_rank = left[place].offset, left[place].low_rank
+        assert offset is not None
+        assert low_rank is not None
+        assert given.low_rank is not None
+        assert [bool(t.any()) for t in (offset, low_rank.c)] == [not rank] * 2
+        assert torch.equal(low_rank.B, given.low_rank.B)
     unedited = kept(z)[0]
     torch.testing.assert_close(total + bias, unedited + edit(tables, place, slots, unedited), rtol=1e-4, atol=1e-4)
 
