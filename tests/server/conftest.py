@@ -294,5 +294,12 @@ async def assert_idle(front: Front) -> None:
 
 
 @pytest.fixture
+async def nothing_is_left(front: Front) -> AsyncIterator[None]:
+    """When the test ends."""
+    yield
+    await assert_idle(front)
+
+
+@pytest.fixture
 def positions() -> Callable[[str], Positions]:
     return Positions.parse

@@ -6,48 +6,17 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import httpx
 import pytest
 from fastapi import FastAPI
 from httpx import AsyncClient
 
-from steer_vllm.request import Steering
 from steer_vllm.server.front import Front
-from steer_vllm.server.keys import OPERATOR_PATHS, Keys
 
-from .conftest import ADMIN, Make, app_of, assert_idle, client_of, fill, lofit
+from .asking import CHAT, TEXT, post, refused, wire
+from .conftest import Make, app_of, client_of, fill
 from .fake_core import FakeCore
 
-CHAT = "/v1/chat/completions"
-TEXT = "/v1/completions"
-TRANSCRIPTION = "/v1/audio/transcriptions"
-FORM = "multipart/form-data; boundary=b"
-
-
-@pytest.fixture(autouse=True)
-async def nothing_is_left(front: Front) -> AsyncIterator[None]:
-    yield
-    await assert_idle(front)
-
-
-async def post(client: AsyncClient, path: str, **body: Any) -> httpx.Response:
-    return await client.post(path, json={"model": "tiny", "prompt": "x", **body})
-
-
-def wire(answer: httpx.Response) -> Steering:
-    return Steering.from_wire(answer.json()["body"]["vllm_xargs"]["steer_vllm"])
-
-
-def refused(answer: httpx.Response, status: int, code: str, param: str | None = None) -> str:
-    assert answer.status_code == status, answer.text
-    error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["code"] == code
-    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
-    if param is not None:
-        assert error["param"] == param
-    assert ("retry-after" in answer.headers) == (status >= 500)
-    return str(error["message"])
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
@@ -271,61 +240,6 @@ async def test_other_paths_serve_the_base(client: AsyncClient, app: FastAPI, pat
     assert app.state.bodies == [body]
 
 
-UPLOAD = {"file": ("a.wav", b"\0\1\2" * 100)}
-ESCAPED = r'{"steer\u005fvllm": "{}"}'  # what vLLM reads as JSON text, without the word in it
-
-
-@pytest.mark.parametrize("files", [UPLOAD, None], ids=["multipart", "urlencoded"])
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"interventions": '[{"name": "honest"}]'},
-        {"response_start": "3"},
-        {"vllm_xargs": '{"steer_vllm": 1}'},
-        {"vllm_xargs": ESCAPED},
-        {"vllm_xargs": "{}"},
-        {"steer_vllm": "{}"},
-        {"model": "tiny:honest"},
-    ],
-    ids=str,
-)
-async def test_forms_cannot_steer(client: AsyncClient, app: FastAPI, fields: dict[str, str], files: Any) -> None:
-    answer = await client.post(TRANSCRIPTION, data={"language": "en", **fields}, files=files)
-    code = "invalid_intervention" if "steer_vllm" in fields else "unsupported_with_intervention"
-    refused(answer, 400, code, next(iter(fields)))
-    assert not app.state.bodies
-
-
-@pytest.mark.parametrize(
-    ("content", "kind"),
-    [
-        (b"vllm%5Fxargs=%7B%7D", "application/x-www-form-urlencoded"),
-        (b'"&vllm_xargs={}&"', "Application/X-WWW-Form-Urlencoded; charset=utf-8"),  # JSON as well
-        (b'--b\r\nContent-Disposition: form-data; name=vllm_xargs; filename="x"\r\n\r\n{}\r\n--b--\r\n', FORM),
-        (b"--b\r\nContent-Disposition: form-data; filename*=utf-8''x; name=vllm_xargs\r\n\r\n{}\r\n--b--\r\n", FORM),
-    ],
-)
-async def test_forms_are_read_as_vllm_reads_them(client: AsyncClient, app: FastAPI, content: bytes, kind: str) -> None:
-    answer = await client.post(TRANSCRIPTION, content=content, headers={"content-type": kind})
-    refused(answer, 400, "unsupported_with_intervention", "vllm_xargs")
-    assert not app.state.bodies
-
-
-@pytest.mark.parametrize("kind", ["multipart/form-data", "multipart/form-data; boundary=other", FORM])
-async def test_forms_that_cannot_be_read(client: AsyncClient, app: FastAPI, kind: str) -> None:
-    content = b"--b\r\nno header\r\n\r\n{}\r\n--b--\r\n"
-    refused(await client.post(TRANSCRIPTION, content=content, headers={"content-type": kind}), 400, "invalid_request")
-    assert not app.state.bodies
-
-
-async def test_a_form_reaches_vllm_as_it_came(client: AsyncClient, app: FastAPI) -> None:
-    """Whatever the upload holds."""
-    sound = b'RIFF name="interventions" {"steer_vllm": 1}'
-    answer = await client.post(TRANSCRIPTION, data={"model": "tiny"}, files={"file": ("a.wav", sound)})
-    assert answer.status_code == 200
-    assert app.state.bodies == [{"model": "tiny", "file": sound}]
-
-
 async def test_deep_bodies_are_refused(client: AsyncClient) -> None:
     refused(await client.post("/invocations", content=b"[" * 200_000), 400, "invalid_request")
 
@@ -407,53 +321,3 @@ async def test_websockets_are_closed(app: FastAPI) -> None:
 
     await app({"type": "websocket", "path": "/v1/realtime", "headers": [], "app": app}, receive, send)
     assert sent == [{"type": "websocket.close", "code": 1008}]
-
-
-class TestKeys:
-    @pytest.fixture
-    async def guarded(self, build: Callable[..., Front], make: Make) -> AsyncIterator[AsyncClient]:
-        front = build(keys=Keys("the-api-key", "the-admin-key"))
-        await fill(front, make)
-        async with client_of(app_of(front)) as client:
-            yield client
-
-    async def test_every_path_but_health(self, guarded: AsyncClient) -> None:
-        for path in ("/v1/models", "/metrics", "/v1/interventions", "/v1/interventions/honest", "/docs", "/nowhere"):
-            answer = await guarded.get(path)
-            refused(answer, 401, "invalid_api_key")
-            assert answer.headers["www-authenticate"] == "Bearer"
-        for path in (TEXT, CHAT, "/invocations", "/v1/load_intervention"):
-            refused(await guarded.post(path, json={}), 401, "invalid_api_key")
-        assert (await guarded.get("/health")).status_code == 200
-        assert (await guarded.options(TEXT)).status_code == 405  # as far as vLLM
-
-    @pytest.mark.parametrize("header", ["Bearer wrong", "Basic the-api-key", "the-api-key", "Bearer", "Bearer ", ""])
-    async def test_wrong_keys(self, guarded: AsyncClient, header: str) -> None:
-        refused(await guarded.get("/v1/models", headers={"Authorization": header}), 401, "invalid_api_key")
-
-    async def test_right_keys(self, guarded: AsyncClient) -> None:
-        for key in ("the-api-key", "the-admin-key"):
-            answer = await guarded.post(TEXT, json={"model": "tiny:honest"}, headers={"Authorization": f"Bearer {key}"})
-            assert answer.status_code == 200
-
-    async def test_admin_paths(self, guarded: AsyncClient) -> None:
-        api = {"Authorization": "Bearer the-api-key"}
-        for path in ("/v1/load_intervention", "/v1/unload_intervention"):
-            refused(await guarded.post(path, json={}, headers=api), 403, "admin_required")
-            refused(await guarded.post(path, json={}, headers=ADMIN), 400, "invalid_intervention")
-
-    @pytest.mark.parametrize("path", [*sorted(OPERATOR_PATHS), "/adapters/mine"])
-    async def test_what_changes_the_engine_for_everyone(self, guarded: AsyncClient, path: str) -> None:
-        api = {"Authorization": "Bearer the-api-key"}
-        for method in ("GET", "POST", "DELETE"):
-            refused(await guarded.request(method, path, headers=api), 403, "admin_required")
-            assert (await guarded.request(method, path, headers=ADMIN)).status_code == 404  # as far as vLLM
-
-
-async def test_admin_paths_are_closed_without_an_admin_key(build: Callable[..., Front], make: Make) -> None:
-    front = build(keys=Keys(None, None))
-    make("more", lofit(7))
-    async with client_of(app_of(front)) as client:
-        for header in ({}, ADMIN, {"Authorization": "Bearer "}, {"Authorization": "Bearer None"}):
-            answer = await client.post("/v1/load_intervention", json={"name": "a", "source": "more"}, headers=header)
-            refused(answer, 403, "admin_required")
