@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +37,7 @@ def bench(
     console = Console()
     with tempfile.TemporaryDirectory(prefix="steer-vllm-bench-") as folder, console.status("") as status:
         outcome = measure(workload, chosen, Path(folder), status.update)
-    result = assemble(workload, chosen, outcome, shlex.join(["steer-vllm", *sys.argv[1:]]))
+    result = assemble(workload, chosen, outcome)
     output.write_text(json.dumps(result, indent=1) + "\n")
     console.print(table(result))
     console.print(conditions(result), highlight=False)

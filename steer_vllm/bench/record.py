@@ -1,0 +1,69 @@
+"""What every benchmark's JSON has in common: which benchmark, when, from which commit and command, on what machine.
+
+Knows no benchmark's numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ..errors import BenchmarkInvalid
+from . import machine
+
+
+def begin(benchmark: str, version: int, workload: Mapping[str, Any], device: str | None) -> dict[str, Any]:
+    """The keys with which a result begins. version: of this benchmark's own keys, which follow.
+
+    device: the accelerator's name; "cpu" or None without one.
+    """
+    return {
+        "benchmark": benchmark,
+        "format_version": version,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command(sys.argv),
+        "commit": machine.commit(),
+        "hardware": {**machine.hardware(), "device": device},
+        "versions": machine.versions(),
+        "workload": dict(workload),
+    }
+
+
+def command(arguments: list[str]) -> str:
+    """A command line that can be given again: a script by its place in the repository, an installed command by name."""
+    program, root = Path(arguments[0]).absolute(), machine.FOLDER
+    script = (
+        ["python", str(program.relative_to(root))] if program.is_relative_to(root / "benchmarks") else [program.name]
+    )
+    return shlex.join([*script, *arguments[1:]])
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result from its file. Errors: `BenchmarkInvalid` for anything else."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BenchmarkInvalid(f"{path}: {error}") from error
+    if not isinstance(result, dict) or not {"benchmark", "format_version"} <= set(result):
+        raise BenchmarkInvalid(f"{path}: expected the result of a benchmark")
+    return result
+
+
+def origin(result: Mapping[str, Any]) -> str:
+    """On what machine and with what packages, in a sentence."""
+    hardware, versions = result["hardware"], result["versions"]
+    packages = ", ".join(f"{name} {number}" for name, number in versions.items() if name != "python")
+    return (
+        f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gib']} GiB, "
+        f"device {hardware['device'] or 'CPU'}; {packages}, Python {versions['python']}."
+    )
+
+
+def how(result: Mapping[str, Any]) -> str:
+    """When, from which commit, by which command: a line of Markdown."""
+    return f"{result['time'][:10]}, commit {result['commit'] or 'unknown'}: `{result['command']}`"
