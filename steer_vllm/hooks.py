@@ -19,6 +19,7 @@ from .errors import Unsupported
 from .layer import LayerModules, modules
 from .ops import reference
 from .plan import Placement
+from .slots import TokenSlots
 
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "proj")
@@ -131,10 +132,12 @@ class Steering:
                 spans[sequence, i] = torch.tensor(place[:4], dtype=torch.int32)
                 scales[sequence, i] = place.scale
         mask = attention_mask.long()
-        positions = (mask.cumsum(1) - 1)[:, -width:]
-        sequences = torch.arange(1, len(placements) + 1, device=mask.device)[:, None] * mask[:, -width:]
+        positions = torch.where(mask == 1, mask.cumsum(1) - 1, -1)[:, -width:].flatten()  # no segment holds -1
+        sequences = torch.arange(len(placements) + 1, device=mask.device)
+        slots = TokenSlots(len(positions), mask.device)
+        self._tokens = slots.additive, slots.low_rank, slots.scales
         tables = spans.to(mask.device), scales.to(mask.device)
-        self._tokens = reference.route(positions.flatten(), sequences.flatten(), *tables)
+        reference.route(positions, width * sequences, sequences[1:], *tables, *self._tokens)
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -130,14 +130,11 @@ class TokenSlots:
         self.scales = torch.zeros(tokens, dtype=torch.float32, device=device)
         self._used = 0  # everything from here on is zero
 
-    def set(self, additive: torch.Tensor, low_rank: torch.Tensor, scales: torch.Tensor) -> None:
-        """Take the step's tokens; everything behind them is padding and gets the identity."""
-        count = len(additive)
-        for into, values in ((self.additive, additive), (self.low_rank, low_rank), (self.scales, scales)):
-            into[:count].copy_(values)
-            if count < self._used:
-                into[count : self._used].zero_()
-        self._used = count
+    def reach(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a step of so many tokens must write: their slots, and behind them what the step before left."""
+        count = max(tokens, self._used)
+        self._used = tokens
+        return self.additive[:count], self.low_rank[:count], self.scales[:count]
 
     def restore(self) -> None:
         """No token is edited, on a device that has lost its memory."""
@@ -204,9 +201,14 @@ class RequestSlots:
         """The request's row, 0 for one without a plan."""
         return self._row.get(request_id, 0)
 
-    def route(self, positions: torch.Tensor, requests: torch.Tensor, into: TokenSlots) -> None:
-        """Set the slots of the step's tokens from their absolute positions and request rows. Both: int [tokens]."""
-        into.set(*reference.route(positions, requests, self.spans, self.scales))
+    def route(
+        self, positions: torch.Tensor, starts: torch.Tensor, requests: torch.Tensor, tokens: int, into: TokenSlots
+    ) -> None:
+        """Set the slots of a step's tokens, of which there are at most `tokens`.
+
+        positions, starts, requests: as `reference.route` takes them.
+        """
+        reference.route(positions, starts, requests, self.spans, self.scales, *into.reach(tokens))
 
     def _grow(self) -> None:
         count = len(self.spans)

@@ -25,11 +25,16 @@ FIELDS = (
         ("input_batch", "query_start_loc", "positions", "get_model", "model_config", "load_config"),
         "runner_v1.py",
     ),
-    Field("vllm.v1.worker.gpu_input_batch", "InputBatch", ("req_ids",), "runner_v1.py"),
+    Field(
+        "vllm.v1.worker.gpu_input_batch",
+        "InputBatch",
+        ("req_ids", "num_computed_tokens_cpu", "num_prompt_tokens"),
+        "runner_v1.py",
+    ),
     Field(
         "vllm.v1.worker.gpu.input_batch",
         "InputBatch",
-        ("req_ids", "num_reqs", "query_start_loc", "positions", "num_tokens"),
+        ("req_ids", "num_reqs", "query_start_loc", "positions", "num_tokens", "is_prefilling_np"),
         "runner_v2.py",
     ),
     Field(

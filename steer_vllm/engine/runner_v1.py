@@ -72,17 +72,25 @@ def _patch_prepare(runner: Any) -> None:
     def prepare_and_route(self: Any, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
         result = prepare_inputs(self, scheduler_output, num_scheduled_tokens)
         if self.steering is not None:
+            batch, tokens = self.input_batch, scheduler_output.total_num_scheduled_tokens
             self.steering.prepare(
                 StepView(
-                    request_ids=self.input_batch.req_ids,
+                    request_ids=batch.req_ids,
                     query_start_loc=self.query_start_loc.gpu,
                     positions=self.positions,
-                    tokens=scheduler_output.total_num_scheduled_tokens,
+                    tokens=tokens,
+                    decoding=tokens == len(batch.req_ids) and _behind_prompts(batch),
                 )
             )
         return result
 
     runner._prepare_inputs = prepare_and_route
+
+
+def _behind_prompts(batch: Any) -> bool:
+    """Is every request past its prompt? Drafts that may yet be rejected are counted, prompts hold none."""
+    count = len(batch.req_ids)
+    return bool((batch.num_computed_tokens_cpu[:count] >= batch.num_prompt_tokens[:count]).all())
 
 
 def _patch_dummy(runner: Any) -> None:
@@ -91,7 +99,7 @@ def _patch_dummy(runner: Any) -> None:
     @wraps(dummy_run)
     def clear_and_run(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.steering is not None:
-            self.steering.tokens.clear()
+            self.steering.rest()
         return dummy_run(self, *args, **kwargs)
 
     runner._dummy_run = clear_and_run

@@ -53,6 +53,7 @@ def _steer(state: Any, steering: WorkerSteering) -> None:
                 query_start_loc=input_batch.query_start_loc,
                 positions=input_batch.positions,
                 tokens=input_batch.num_tokens,
+                decoding=input_batch.num_tokens == input_batch.num_reqs and not input_batch.is_prefilling_np.any(),
             )
         )
         return prepare_inputs(input_batch, req_states)

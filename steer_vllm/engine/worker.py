@@ -6,7 +6,6 @@ from the engine core.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +30,15 @@ class StepView:
     """A step's batch.
 
     request_ids: one per batch row. query_start_loc: int [rows + 1 or more], on the device, where each row's tokens
-    start and the last ends. positions: int [tokens or more], absolute. tokens: how many there are, at most.
+    start and the last ends. positions: int [tokens or more], absolute. tokens: how many there are, at most. decoding:
+    every row has one token, and that is behind its prompt.
     """
 
-    request_ids: Sequence[str]
+    request_ids: list[str]
     query_start_loc: torch.Tensor
     positions: torch.Tensor
     tokens: int
+    decoding: bool
 
 
 class WorkerSteering:
@@ -61,10 +62,10 @@ class WorkerSteering:
         self.pending: dict[str, Load] = {}
         self.bases: dict[str, Fingerprint] = {}
         self.compilations: dict[str, Compilation] = {}
-        self._steps = torch.arange(len(self.tokens.scales), dtype=torch.int32, device=device)
-        self._batch: list[str] | None = None
-        self._rows = torch.zeros(0, dtype=torch.int64, device=device)
+        self._batch: list[str] | None = None  # whose rows these are; None: to be looked up
+        self._rows = torch.zeros(0, dtype=torch.int32, device=device)
         self._steered = False
+        self._settled = False  # the slots are this batch's, and stay so as long as it decodes
         self.asleep = False
         self.stale = False  # from when weights may have changed until everything that depends on them is computed again
         wrap(self.binding, self.tables, self.tokens)
@@ -74,7 +75,6 @@ class WorkerSteering:
         self.tables.restore(self.store)
         self.tokens.restore()
         self.requests.restore()
-        self._steps.copy_(torch.arange(len(self._steps), dtype=self._steps.dtype))
         self._batch = None
 
     @property
@@ -105,22 +105,30 @@ class WorkerSteering:
             self._batch = None
 
     def prepare(self, view: StepView) -> None:
-        """Set the token slots of a step, before the model runs or its graph is replayed."""
+        """Set the token slots of a step, before the model runs or its graph is replayed.
+
+        No segment starts or stops behind its request's prompt, so while the same batch decodes, its slots stay.
+        """
         if not len(self.requests):
             self.tokens.clear()
             return
-        ids = list(view.request_ids)
-        if ids != self._batch:
-            rows = [self.requests.row(request_id) for request_id in ids]
+        if view.request_ids != self._batch:
+            rows = [self.requests.row(request_id) for request_id in view.request_ids]
             self._steered = any(rows)
-            self._rows = staged(torch.tensor([*rows, 0]), self.device).to(self.device, non_blocking=True)
-            self._batch = ids
-        if not self._steered:
-            self.tokens.clear()
+            self._rows = staged(torch.tensor(rows, dtype=torch.int32), self.device).to(self.device, non_blocking=True)
+            self._batch = list(view.request_ids)
+        elif self._settled and view.decoding:
             return
-        ends = view.query_start_loc[1 : len(ids) + 1].contiguous()
-        owners = torch.searchsorted(ends, self._steps[: view.tokens].to(ends.dtype), right=True)
-        self.requests.route(view.positions[: view.tokens], self._rows[owners], self.tokens)
+        self._settled = view.decoding
+        if self._steered:
+            self.requests.route(view.positions, view.query_start_loc, self._rows, view.tokens, self.tokens)
+        else:
+            self.tokens.clear()
+
+    def rest(self) -> None:
+        """A step without requests: no token is edited."""
+        self.tokens.clear()
+        self._batch = None
 
 
 def found_in(worker: Any) -> WorkerSteering | None:

@@ -43,16 +43,35 @@ def low_rank(
 
 
 def route(
-    positions: torch.Tensor, requests: torch.Tensor, spans: torch.Tensor, scales: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What each token gets: its additive row, its low-rank row and its scale; zeros where no segment holds it.
+    positions: torch.Tensor,
+    starts: torch.Tensor,
+    requests: torch.Tensor,
+    spans: torch.Tensor,
+    scales: torch.Tensor,
+    additive: torch.Tensor,
+    low_rank: torch.Tensor,
+    token_scales: torch.Tensor,
+) -> None:
+    """Write what each token gets: its additive row, its low-rank row and its scale; zeros where no segment holds it.
 
-    positions: int [tokens], absolute; requests: int [tokens], the row of the token's request in the segment tables (row
-    0 has none); spans: int [requests, segments, 4] of start, stop, additive row, low-rank row; scales: float32
-    [requests, segments]. Segments of a request do not overlap, so a sum over them selects one.
+    positions: int [tokens or more], absolute; starts: int [batch + 1 or more], where each batch row's tokens start and
+    the last one's end; requests: int [batch], the row of its request in the segment tables (row 0 has none); spans:
+    int32 [requests, segments, 4] of start, stop, additive row, low-rank row; scales: float32 [requests, segments].
+    Segments of a request do not overlap, so a sum over them selects one.
+    additive, low_rank: int32 [n]; token_scales: float32 [n]: written whole, with zeros behind the last token.
     """
-    mine = spans[requests]
-    at = positions[:, None]
-    inside = (mine[..., 0] <= at) & (at < mine[..., 1])
-    rows = (mine[..., 2:] * inside[..., None]).sum(1, dtype=spans.dtype)
-    return rows[:, 0], rows[:, 1], (scales[requests] * inside).sum(1)
+    ends = starts[1 : len(requests) + 1]
+    at = positions[: len(additive)]
+    count = len(at)
+    tokens = torch.arange(count, dtype=ends.dtype, device=ends.device)
+    mine = torch.cat([requests, requests.new_zeros(1)])[torch.searchsorted(ends.contiguous(), tokens, right=True)]
+    held = spans[mine]
+    inside = (held[..., 0] <= at[:, None]) & (at[:, None] < held[..., 1])
+    rows = (held[..., 2:] * inside[..., None]).sum(1, dtype=spans.dtype)
+    for into, values in (
+        (additive, rows[:, 0]),
+        (low_rank, rows[:, 1]),
+        (token_scales, (scales[mine] * inside).sum(1)),
+    ):
+        into[:count].copy_(values)
+        into[count:].zero_()

@@ -92,6 +92,14 @@ def test_segments_are_canonical(asked: list[Component], n: int) -> None:
         assert one.stop < two.start or one.terms != two.terms
 
 
+@given(components, prompt_lens)
+def test_nothing_changes_behind_the_prompt(asked: list[Component], n: int) -> None:
+    """So that the slots of a batch that decodes stay as they are."""
+    for segment in resolve(asked, n):
+        assert segment.start <= n
+        assert segment.stop <= n or segment.stop == OPEN
+
+
 @given(components, prompt_lens, st.randoms(use_true_random=False))
 def test_order_of_components_does_not_matter(asked: list[Component], n: int, random: object) -> None:
     shuffled = list(asked)

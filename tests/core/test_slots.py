@@ -133,11 +133,16 @@ def test_views_of_a_place_follow_the_table(tables: SlotTables) -> None:
 def test_token_slots_behind_the_tokens_are_the_identity() -> None:
     """Invariant: a shorter step leaves nothing of a longer one: padded rows get row 0 at scale 0."""
     slots = TokenSlots(6, "cpu")
-    slots.set(torch.tensor([1, 2, 3, 4, 5]), torch.tensor([5, 4, 3, 2, 1]), torch.ones(5))
-    slots.set(torch.tensor([7, 8]), torch.tensor([0, 9]), torch.tensor([0.5, 2.0]))
-    assert slots.additive.tolist() == [7, 8, 0, 0, 0, 0]
-    assert slots.low_rank.tolist() == [0, 9, 0, 0, 0, 0]
-    assert slots.scales.tolist() == [0.5, 2, 0, 0, 0, 0]
+    requests = RequestSlots(2, CONFIG, "cpu")
+    requests.add("long", [Placement(0, OPEN, 3, 4, 2.0)])
+    requests.add("short", [Placement(0, OPEN, 7, 0, 0.5)])
+    rows = [torch.tensor([requests.row(name)], dtype=torch.int32) for name in ("long", "short")]
+    requests.route(torch.arange(5), torch.tensor([0, 5]), rows[0], 5, slots)
+    assert slots.low_rank.tolist() == [4, 4, 4, 4, 4, 0]
+    requests.route(torch.arange(2), torch.tensor([0, 2]), rows[1], 2, slots)
+    assert slots.additive.tolist() == [7, 7, 0, 0, 0, 0]
+    assert slots.low_rank.tolist() == [0, 0, 0, 0, 0, 0]
+    assert slots.scales.tolist() == [0.5, 0.5, 0, 0, 0, 0]
     slots.clear()
     assert not any(into.any() for into in (slots.additive, slots.low_rank, slots.scales))
     slots.clear()
@@ -147,8 +152,10 @@ def test_token_slots_stay_where_they_are() -> None:
     """Graphs are captured on the addresses."""
     slots = TokenSlots(6, "cpu")
     before = [t.data_ptr() for t in (slots.additive, slots.low_rank, slots.scales)]
-    slots.set(torch.tensor([1]), torch.tensor([1]), torch.ones(1))
+    for into in slots.reach(3):
+        into.fill_(1)
     slots.clear()
+    assert not slots.scales.any()
     assert [t.data_ptr() for t in (slots.additive, slots.low_rank, slots.scales)] == before
 
 
@@ -182,7 +189,8 @@ class Requests(RuleBasedStateMachine):
         assert len({row for row in rows.values() if row}) == len(self.held)
         into = TokenSlots(8 * 10, "cpu")
         positions = torch.arange(10).repeat(8)
-        self.slots.route(positions, torch.tensor([row for row in rows.values() for _ in range(10)]), into)
+        requests = torch.tensor(list(rows.values()), dtype=torch.int32)
+        self.slots.route(positions, torch.arange(0, 90, 10), requests, 80, into)
         found = list(zip(into.additive.tolist(), into.low_rank.tolist(), into.scales.tolist(), strict=True))
         for i, name in enumerate(rows):
             for p in range(10):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from steer_vllm.engine.runner_v1 import _patch_dummy
 from steer_vllm.slots import TokenSlots
@@ -32,10 +31,11 @@ def runner() -> Runner:
 def test_slots_of_the_step_before_do_not_steer(runner: Runner) -> None:
     class Steering:
         tokens = TokenSlots(4, "cpu")
+        rest = tokens.clear
 
     runner.steering = Steering
-    Steering.tokens.set(torch.ones(3, dtype=torch.int32), torch.ones(3, dtype=torch.int32), torch.ones(3))
-    assert Steering.tokens.scales.any()
+    for into in Steering.tokens.reach(3):
+        into.fill_(1)
     assert runner._dummy_run(2, uniform_decode=True) == [0, 0]
 
 

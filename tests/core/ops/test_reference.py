@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from core.make import randn
@@ -157,18 +159,32 @@ def test_route(data: st.DataObject) -> None:
             stop = 2**31 - 1 if s == segments - 1 and data.draw(st.booleans()) else cuts[2 * s + 1]
             spans[request, s] = torch.tensor([cuts[2 * s], stop, *rows], dtype=torch.int32)
             scales[request, s] = data.draw(st.sampled_from([-8.0, -0.5, 0.0, 1.0, 3.25]))
-    tokens = data.draw(st.lists(st.tuples(st.integers(0, 2**31 - 2), st.integers(0, requests)), max_size=12))
-    tokens += [(p, request) for p in range(0, 32, 5) for request in range(requests + 1)]
-    positions, owners = [p for p, _ in tokens], [request for _, request in tokens]
-    additive, low_rank, by = reference.route(torch.tensor(positions), torch.tensor(owners), spans, scales)
-    assert list(zip(additive.tolist(), low_rank.tolist(), by.tolist(), strict=True)) == route_loop(
-        positions, owners, spans, scales
-    )
-    assert additive.dtype == low_rank.dtype == torch.int32
-    assert by.dtype == torch.float32
+    positions = data.draw(st.lists(st.integers(0, 2**31 - 2), max_size=12)) + [*range(0, 32, 5)] * (requests + 1)
+    cuts = data.draw(st.lists(st.integers(0, len(positions)), max_size=9))
+    starts = [0, *sorted(cuts), len(positions)]  # batch rows of any length, none among them
+    batch = [data.draw(st.integers(0, requests)) for _ in starts[1:]]
+    owners = [row for row, (a, b) in zip(batch, pairwise(starts), strict=True) for _ in range(a, b)]
+    padding = data.draw(st.integers(0, 3))
+    found = routed(positions, [*starts, starts[-1]], batch, spans, scales, len(positions) + padding)
+    assert found == [*route_loop(positions, owners, spans, scales), *[(0, 0, 0.0)] * padding]
+
+
+def routed(
+    positions: list[int],
+    starts: list[int],
+    batch: list[int],
+    spans: torch.Tensor,
+    scales: torch.Tensor,
+    count: int,
+) -> list[tuple[int, int, float]]:
+    into = (torch.ones(count, dtype=torch.int32), torch.ones(count, dtype=torch.int32), torch.ones(count))
+    numbers = (torch.tensor(values, dtype=torch.int32) for values in (starts, batch))
+    reference.route(torch.tensor(positions, dtype=torch.int64), *numbers, spans, scales, *into)
+    return list(zip(*(values.tolist() for values in into), strict=True))
 
 
 def test_route_of_an_empty_batch() -> None:
-    empty = torch.zeros(0, dtype=torch.int64)
-    found = reference.route(empty, empty, torch.zeros(2, 3, 4, dtype=torch.int32), torch.zeros(2, 3))
-    assert [len(part) for part in found] == [0, 0, 0]
+    """What is left of the step before is cleared."""
+    spans, scales = torch.ones(2, 3, 4, dtype=torch.int32), torch.ones(2, 3)
+    assert routed([], [0], [], spans, scales, 2) == [(0, 0, 0.0)] * 2
+    assert routed([], [0, 0], [1], spans, scales, 0) == []
