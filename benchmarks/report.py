@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import step
+
 from steer_vllm.bench import record, result
 from steer_vllm.errors import BenchmarkInvalid
 
@@ -16,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "decode": result.markdown,
+    "step": step.markdown,
 }
 """By the key `benchmark` of a result: its section in Markdown, without the heading."""
 
