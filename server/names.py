@@ -29,8 +29,9 @@ class Book(Protocol):
     def server(self) -> int:
         """The number of this server."""
 
-    async def copy(self, needed: Collection[str]) -> Snapshot:
-        """All names. This server then holds what they point to and what it needs besides, and nothing else."""
+    async def copy(self, needed: Collection[str], since: int) -> Snapshot:
+        """What has changed since that epoch, 0 being before the first name. This server then holds what all names
+        point to and what it needs besides, and nothing else."""
 
     async def open(self) -> None:
         """Say that the artifacts of the start are loaded."""
@@ -158,8 +159,8 @@ class Names:
         Requests may begin meanwhile, with names of the old copy: all that those point to is said to be needed.
         """
         needed = self.catalog.needed
-        copy = await self._book.copy(needed)
-        self.catalog.replace(copy.entries)
+        copy = await self._book.copy(needed, max(self._seen, 0))
+        self.catalog.update(copy.entries, copy.gone)
         self._held = needed | self.catalog.named
         self._seen = copy.epoch
         self._opened = copy.opened

@@ -35,6 +35,7 @@ class Limits(BaseModel):
     low_rank_sites: tuple[Site, ...] = SteerConfig.low_rank_sites
     per_request: int = SteerConfig.per_request
     max_scale: float = SteerConfig.max_scale
+    memory_gib: float = SteerConfig.memory_gib
     body_mb: float = Field(default=4.0, gt=0, le=1024)
     n: int = Field(default=16, ge=1)
     row_wait: float = Field(default=10.0, ge=0, le=3600)

@@ -7,6 +7,7 @@ how content is loaded nor who asks.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -101,11 +102,13 @@ class Entry:
 
 
 class Snapshot(NamedTuple):
-    """All names at an epoch. opened: the artifacts of the start are loaded; unused: contents that may be freed."""
+    """The names at an epoch, as what has changed since an earlier one: the entries that are new and the names that are
+    gone. opened: the artifacts of the start are loaded; unused: contents that may be freed."""
 
     epoch: int
     opened: bool
     entries: tuple[Entry, ...]
+    gone: tuple[str, ...]
     unused: tuple[str, ...]
 
 
@@ -122,10 +125,14 @@ def check_name(name: object, base_model: str = "") -> str:
 
 
 class Catalog:
-    """Published names and the number of requests in flight per digest. For one thread or event loop."""
+    """Published names and the number of requests in flight per digest. For one thread or event loop.
+
+    What a request costs here does not depend on how many names there are.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
+        self._names: Counter[str] = Counter()  # digest -> names that point to it
         self._users: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[Entry]:
@@ -155,17 +162,23 @@ class Catalog:
         """Make a name visible; returns what it pointed to before."""
         before = self._entries.get(entry.name)
         self._entries[entry.name] = entry
+        self._names[entry.digest] += 1
+        self._forget(before)
         return before
 
     def withdraw(self, name: str) -> Entry:
         """Make a name invisible at once. Errors: `ModelNotFound`."""
         entry = self.get(name)
         del self._entries[name]
+        self._forget(entry)
         return entry
 
-    def replace(self, entries: Iterable[Entry]) -> None:
-        """Make these names visible and no others."""
-        self._entries = {entry.name: entry for entry in entries}
+    def update(self, entries: Iterable[Entry], gone: Iterable[str]) -> None:
+        """Take changes over: these names are visible now, as they are here, and those are gone."""
+        for name in gone:
+            self._forget(self._entries.pop(name, None))
+        for entry in entries:
+            self.publish(entry)
 
     def enter(self, digests: set[str]) -> None:
         """One more request uses these contents."""
@@ -182,14 +195,25 @@ class Catalog:
 
     def is_unused(self, digest: str) -> bool:
         """No name points to it and no request uses it."""
-        return digest not in self.needed
+        return not self.names(digest) and digest not in self._users
+
+    def names(self, digest: str) -> bool:
+        """A name points to it."""
+        return digest in self._names
 
     @property
     def named(self) -> set[str]:
         """Contents that a name points to."""
-        return {entry.digest for entry in self._entries.values()}
+        return set(self._names)
 
     @property
     def needed(self) -> set[str]:
         """Contents that a name points to or a request uses."""
         return self.named | set(self._users)
+
+    def _forget(self, entry: Entry | None) -> None:
+        """A name points to it no more."""
+        if entry is not None:
+            self._names[entry.digest] -= 1
+            if not self._names[entry.digest]:
+                del self._names[entry.digest]

@@ -66,6 +66,9 @@ def serve(
     max_rank: Annotated[int | None, typer.Option(help="largest rank, of a composition too")] = None,
     per_request: Annotated[int | None, typer.Option(help="interventions of one request")] = None,
     max_scale: Annotated[float | None, typer.Option(help="largest |scale|")] = None,
+    memory_gib: Annotated[
+        float | None, typer.Option(help="host memory that loaded interventions may take, in each worker")
+    ] = None,
 ) -> None:
     """Serve a base model with interventions over vLLM's OpenAI API.
 
@@ -93,6 +96,7 @@ def serve(
             "max_rank": max_rank,
             "per_request": per_request,
             "max_scale": max_scale,
+            "memory_gib": memory_gib,
         },
     )
     limits = settings.limits.engine

@@ -16,6 +16,9 @@ from .errors import StartupRefused
 MAX_SCALE = 1e4
 """What no configuration may exceed: sums of scaled edits stay far from float32's limits."""
 
+MAX_MEMORY_GIB = 1e6
+"""More than any machine has."""
+
 SPARE_ROWS = 8
 """Rows beyond what the front hands out, for requests whose release is still on its way to the engine."""
 
@@ -27,6 +30,7 @@ class SteerConfig:
     additive_rows, low_rank_rows: distinct edits that requests in flight can use at once.
     max_rank: rank of a low-rank row. additive_sites, low_rank_sites: where tables exist.
     per_request: components of one request. max_scale: largest |scale|.
+    memory_gib: host memory that what is loaded may take in each worker, GiB.
     """
 
     additive_rows: int = 256
@@ -36,6 +40,7 @@ class SteerConfig:
     low_rank_sites: tuple[Site, ...] = (Site.BLOCK_OUTPUT,)
     per_request: int = 4
     max_scale: float = 8.0
+    memory_gib: float = 8.0
 
     def __post_init__(self) -> None:
         problems = [
@@ -43,9 +48,11 @@ class SteerConfig:
             for name, least in {"additive_rows": 1, "low_rank_rows": 0, "max_rank": 1, "per_request": 1}.items()
             if type(getattr(self, name)) is not int or getattr(self, name) < least
         ]
-        number = isinstance(self.max_scale, (int, float)) and not isinstance(self.max_scale, bool)
-        if not number or not 0 < self.max_scale <= MAX_SCALE:
-            problems.append(f"max_scale must be above 0 and at most 10000, got {self.max_scale!r}")
+        for name, most in {"max_scale": MAX_SCALE, "memory_gib": MAX_MEMORY_GIB}.items():
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 < value <= most:
+                problems.append(f"{name} must be above 0 and at most {most:g}, got {value!r}")
         known = {site.value: site for site in Site}
         for name in ("additive_sites", "low_rank_sites"):
             sites = getattr(self, name)
@@ -67,6 +74,11 @@ class SteerConfig:
     def low_rank_table_rows(self) -> int:
         """Rows of the low-rank tables, likewise."""
         return 1 + self.low_rank_rows + SPARE_ROWS if self.low_rank_rows else 1
+
+    @property
+    def memory_bytes(self) -> int:
+        """`memory_gib` in bytes."""
+        return int(self.memory_gib * (1 << 30))
 
     @property
     def max_segments(self) -> int:

@@ -14,7 +14,8 @@
     │   └── ArtifactInvalid       422  the artifact is damaged or does not fit the base model
     ├── ServerError               the server cannot do it now (5xx)
     │   ├── NoRows                503  every table row is in use
-    │   └── EngineUnavailable     503  the engine does not answer
+    │   ├── EngineUnavailable     503  the engine does not answer
+    │   └── HostMemoryFull        507  what is loaded takes all the memory that is meant for it
     ├── StartupRefused            the engine is not as the plugin needs it: nothing is served
     └── BenchmarkInvalid          a benchmark could not be run, or did not measure what it says
 
@@ -128,6 +129,13 @@ class EngineUnavailable(ServerError):
     """The engine did not answer, or answered that it failed."""
 
     code = "engine_unavailable"
+
+
+class HostMemoryFull(ServerError):
+    """No memory is left for another artifact, of what the configuration allows."""
+
+    status = 507
+    code = "host_memory_full"
 
 
 class StartupRefused(SteerError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -50,14 +51,15 @@ class Packed:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors())
 
+    @cached_property
+    def largest(self) -> float:
+        """The largest absolute entry. Looks at all of them, once."""
+        return max((tensor.abs().max().item() for tensor in self._tensors() if tensor.numel()), default=0.0)
+
     def summary(self) -> PartSummary:
         """What the host keeps of it. A float16 bias or a long sum is bounded by its largest entry."""
-        tensors = [tensor for tensor in self._tensors() if tensor.numel()]
-        return PartSummary(
-            additive=self.offset is not None,
-            rank=self.low_rank.A.shape[1] if self.low_rank else 0,
-            largest=max((tensor.abs().max().item() for tensor in tensors), default=0.0),
-        )
+        rank = self.low_rank.A.shape[1] if self.low_rank else 0
+        return PartSummary(additive=self.offset is not None, rank=rank, largest=self.largest)
 
     def pinned(self) -> Packed:
         """A copy in page-locked memory, from which a device copies on its own."""
@@ -86,6 +88,14 @@ def check_tables(parts: Iterable[Edits], config: SteerConfig, where: str) -> Non
                         f"{where}: edits {place.site.value} (layer {place.layer}), and this engine has no {kind} table"
                         f" there: start it with {place.site.value} in {kind}_sites"
                     )
+
+
+def packed_bytes(edits: Edits, layout: Layout, dtype: torch.dtype) -> int:
+    """What `pack` will allocate, as `Packed.nbytes` says it afterwards."""
+    rank = max((edit.low_rank.rank for edit in edits.values() if edit.low_rank), default=0)
+    offsets = len(layout.additive) if any(edit.offset is not None for edit in edits.values()) else 0
+    numbers = offsets * layout.hidden_size + len(layout.low_rank) * rank * (2 * layout.hidden_size + 1)
+    return numbers * dtype.itemsize
 
 
 def pack(edits: Edits, layout: Layout, dtype: torch.dtype, where: str) -> Packed:

@@ -15,7 +15,7 @@ import torch
 from ..errors import ArtifactInvalid
 from ..fingerprint import Fingerprint
 from ..intervention import Intervention
-from ..packed import Packed, pack
+from ..packed import Packed, pack, packed_bytes
 from .answer import Answer, answered
 
 if TYPE_CHECKING:
@@ -23,17 +23,23 @@ if TYPE_CHECKING:
 
 
 class Compilation:
-    """heads: layer -> [num_heads * head_dim] before the projection; projected: layer -> this rank's part, [hidden]."""
+    """heads: the layers with head offsets. projected: layer -> this rank's part, [hidden], until it is packed."""
 
     def __init__(self, steering: WorkerSteering, intervention: Intervention, where: str) -> None:
         """Errors: `ArtifactInvalid` when a layer of this rank lacks a site that is edited."""
         self.intervention = intervention
-        self.heads: dict[int, torch.Tensor] = {}
-        self.projected: dict[int, torch.Tensor] = {}
         self._steering = steering
         self._where = where
-        for edits in intervention.compile(self._collect):
+        self._heads: dict[int, torch.Tensor] = {}  # layer -> [num_heads * head_dim] before the projection
+        self.projected: dict[int, torch.Tensor] = {}
+        parts = intervention.compile(self._collect)
+        for edits in parts:
             steering.binding.check(edits, where)
+        self.heads = tuple(self._heads)
+        packed = (packed_bytes(steering.binding.share(edits), steering.layout, steering.dtype) for edits in parts)
+        kept = sum(tensor.nbytes for tensor in intervention.tensors.values()) if self.heads else 0
+        self.nbytes = sum(packed) + kept
+        """Host memory that it takes as long as it is loaded."""
 
     def project(self, *, plain: bool) -> None:
         """This rank's parts of W_o z; zero for layers of other ranks.
@@ -41,7 +47,9 @@ class Compilation:
         Weights that only a kernel of their own can read wait for a call with plain=False: such kernels keep locks and
         workspaces per stream, which belong to the worker's own thread.
         """
-        for layer, heads in self.heads.items():
+        if not self._heads and self.heads:
+            self.intervention.compile(self._collect)
+        for layer, heads in self._heads.items():
             projection = self._steering.projections.get(layer)
             if projection is None:
                 self.projected[layer] = torch.zeros(self._steering.base.hidden_size)
@@ -79,13 +87,14 @@ class Compilation:
         return whole, bool(failures.any())
 
     def _collect(self, layer: int, heads: torch.Tensor) -> torch.Tensor:
-        self.heads[layer] = heads
+        self._heads[layer] = heads
         return heads.new_zeros(self._steering.base.hidden_size)
 
     def _pack(self, projected: Mapping[int, torch.Tensor]) -> tuple[Packed, ...]:
         steering = self._steering
         parts = self.intervention.compile(lambda layer, heads: projected[layer])
-        packed = (pack(steering.binding.share(edits), steering.layout, steering.dtype, self._where) for edits in parts)
+        packed = [pack(steering.binding.share(edits), steering.layout, steering.dtype, self._where) for edits in parts]
+        self._heads, self.projected = {}, {}
         return tuple(part.pinned() if steering.device.type == "cuda" else part for part in packed)
 
 

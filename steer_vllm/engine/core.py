@@ -128,7 +128,7 @@ def steer_settle(self: Any) -> Answer:
 def steer_base(self: Any) -> Answer:
     """Utility: the fingerprint of the model served; "failed" while it is not known."""
     _required(self).check_known()
-    worst, answers = _ask_ranks(self, "steer_facts")
+    worst, answers = _ask_ranks(self, "steer_base")
     return worst if worst["state"] != "done" else {"state": "done", "base": answers[0]["base"]}
 
 

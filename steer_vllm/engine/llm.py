@@ -19,7 +19,7 @@ from ..config import SteerConfig
 from ..errors import EngineUnavailable, InvalidIntervention, NoRows, StartupRefused
 from ..fit import check_fit
 from ..intervention import Intervention
-from ..plan import nominal_contents
+from ..plan import Summary, nominal_contents
 from ..request import EXTRA_ARG, Steering, bind, parse
 from ..rows import Content
 from . import adapters, plugin
@@ -68,8 +68,8 @@ class LLM(PlainLLM):
         """Load an artifact folder under a name.
 
         Errors: `ArtifactInvalid`; `ArtifactExists` when the name points to other content and `replace` is not said;
-        `InvalidIntervention` for a name that may not be used; `EngineUnavailable` after weights that could not be
-        followed up.
+        `InvalidIntervention` for a name that may not be used; `HostMemoryFull`; `EngineUnavailable` after weights that
+        could not be followed up.
         """
         check_name(name)
         path = str(Path(folder).absolute())
@@ -143,10 +143,17 @@ class LLM(PlainLLM):
             raise InvalidIntervention("response_start says where edits begin, and there are no interventions")
         asked = _per_prompt(interventions, len(prompts))
         params = _params(sampling_params, len(prompts), self.get_default_sampling_params)
+        summaries: dict[str, Summary] = {}
+
+        def lookup(name: str) -> Entry:
+            entry = self._catalog.get(name)
+            summaries[entry.digest] = entry.summary
+            return entry
+
         steerings = [
             bind(
                 parse(one),
-                self._catalog.get,
+                lookup,
                 self._facts.config,
                 response_start=response_start,
                 scored=param.prompt_logprobs is not None,
@@ -156,7 +163,7 @@ class LLM(PlainLLM):
         self._check_adapters(kwargs.get("lora_request"), steerings)
         steered = [_with(param, steering) for param, steering in zip(params, steerings, strict=True)]
         outputs: list[Any] = []
-        for wave in self._waves(steerings):
+        for wave in self._waves(steerings, summaries):
             own = {name: kwargs[name][wave] for name in _OF_PROMPTS if isinstance(kwargs.get(name), (list, tuple))}
             outputs += self._run(run, prompts[wave], steered[wave], {**kwargs, **own})
         return outputs
@@ -189,14 +196,14 @@ class LLM(PlainLLM):
             raise EngineUnavailable(f"the engine refused prompts {failed}: its log says why")
         return outputs
 
-    def _waves(self, steerings: Sequence[Steering | None]) -> Iterator[slice]:
+    def _waves(self, steerings: Sequence[Steering | None], summaries: Mapping[str, Summary]) -> Iterator[slice]:
         """Consecutive prompts whose edits fit the tables together. Errors: `NoRows` for one that never does."""
         config = self._facts.config
         additive: set[Content] = set()
         low_rank: set[Content] = set()
         start = 0
         for i, steering in enumerate(steerings):
-            more = self._contents(steering)
+            more = self._contents(steering, summaries)
             if len(more[0]) > config.additive_rows or len(more[1]) > config.low_rank_rows:
                 raise NoRows(f"prompt {i} needs more table rows than there are")
             if len(additive | more[0]) > config.additive_rows or len(low_rank | more[1]) > config.low_rank_rows:
@@ -205,10 +212,11 @@ class LLM(PlainLLM):
             additive, low_rank = additive | more[0], low_rank | more[1]
         yield slice(start, len(steerings))
 
-    def _contents(self, steering: Steering | None) -> tuple[set[Content], set[Content]]:
+    def _contents(
+        self, steering: Steering | None, summaries: Mapping[str, Summary]
+    ) -> tuple[set[Content], set[Content]]:
         if steering is None:
             return set(), set()
-        summaries = {entry.digest: entry.summary for entry in self._catalog}
         return nominal_contents(steering.components, summaries, self._facts.config, self._facts.largest)
 
 

@@ -7,6 +7,7 @@ fails leaves later replies out of step with their calls.
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import torch
@@ -30,6 +31,7 @@ class Load:
         self.compilation: Compilation | None = None
         self.parts: tuple[Packed, ...] = ()
         self.spoilt = False
+        self.abandoned = False
         self.answer: Answer = {"state": "busy"}
         self.thread = threading.Thread(target=self._run, name=f"steer-load-{digest[:12]}", daemon=True)
         self.thread.start()
@@ -46,9 +48,19 @@ class Load:
             raise ArtifactInvalid(f"{self.folder}: changed while it was loaded (sha256 {intervention.digest})")
         check_fit(intervention, steering.base, steering.config, self.folder)
         self.compilation = Compilation(steering, intervention, self.folder)
+        steering.memory.reserve(self, self.compilation.nbytes, self.folder)
+        if self.abandoned:  # before it could have released this
+            steering.memory.release(self)
         self.compilation.project(plain=True)
         self.parts = self.compilation.pack_alone()
+        for part in self.parts:
+            part.summary()  # looks at every entry, which the commit need not do while steps wait
         return {"state": "ready"}
+
+    def abandon(self) -> None:
+        """Nobody will commit it. Its thread runs to its end."""
+        self.abandoned = True
+        self.steering.memory.release(self)
 
     def poll(self) -> Answer:
         """Errors: `ArtifactInvalid` when the weights that it was checked against and compiled with are gone."""
@@ -66,6 +78,7 @@ class Load:
             if whole is None:
                 return {"state": "undone"}
             self.parts = whole
+        self.steering.memory.hand_over(self, self.digest)
         for number, part in enumerate(self.parts):
             self.steering.store[self.digest, number] = part
         self.steering.head_layers[self.digest] = frozenset(self.compilation.heads)
@@ -78,6 +91,7 @@ class Load:
 @answered
 def begin(steering: WorkerSteering, folder: str, digest: str) -> Answer:
     """Start reading; a second start of the same content takes the place of the first."""
+    drop(steering, digest)
     load = steering.pending[digest] = Load(steering, folder, digest)
     return load.answer
 
@@ -91,13 +105,19 @@ def poll(steering: WorkerSteering, digest: str) -> Answer:
 @answered
 def commit(steering: WorkerSteering, digest: str) -> Answer:
     """The second phase. Every rank has answered "ready" before."""
-    return steering.pending.pop(digest).commit()
+    load = steering.pending.pop(digest)
+    try:
+        return load.commit()
+    finally:
+        load.abandon()  # where it failed: what is committed has been handed over
 
 
 @answered
 def drop(steering: WorkerSteering, digest: str) -> Answer:
     """Forget content on its way."""
-    steering.pending.pop(digest, None)
+    load = steering.pending.pop(digest, None)
+    if load is not None:
+        load.abandon()
     return {"state": "done"}
 
 
@@ -106,11 +126,19 @@ def free(steering: WorkerSteering, digest: str) -> Answer:
     """Forget content that is loaded."""
     steering.bases.pop(digest, None)
     steering.compilations.pop(digest, None)
-    for key in [key for key in steering.store if key[0] == digest]:
-        del steering.store[key]
+    for number in itertools.count():
+        if steering.store.pop((digest, number), None) is None:
+            break
+    steering.memory.release(digest)
     steering.head_layers.pop(digest, None)
     steering.tables.forget(digest)
     return {"state": "done"}
+
+
+@answered
+def base(steering: WorkerSteering) -> Answer:
+    """The model served. Asked for at every load, so it says nothing of what is loaded: that may be long."""
+    return {"state": "done", "base": steering.base.to_config()}
 
 
 @answered
@@ -120,6 +148,7 @@ def facts(steering: WorkerSteering) -> Answer:
         "state": "done",
         "base": steering.base.to_config(),
         "table_bytes": steering.tables.nbytes,
+        "memory_bytes": steering.memory.used,
         "loaded": sorted({digest for digest, _ in steering.store}),
         "pending": sorted(steering.pending),
     }

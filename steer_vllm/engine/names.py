@@ -8,6 +8,7 @@ that the utilities are put on, which calls them one after the other.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from itertools import takewhile
 from typing import Any
 
 from ..catalog import Catalog, Entry
@@ -29,18 +30,29 @@ class NameBook:
         self.epoch = 0
         self.opened = False
         self._catalog = Catalog()
+        self._published: dict[str, int] = {}  # name -> epoch, ascending
+        self._gone: dict[str, int] = {}  # likewise, as long as a server may still have the name
+        self._seen: dict[int, int] = {}  # server -> epoch of the copy it has
         self._holders: dict[str, set[int]] = {}
         self._turns: dict[str, str] = {}
 
-    def copy(self, server: int, needed: Collection[str]) -> list[Entry]:
-        """All names. From now on the server holds what they point to, and what it says it needs, and nothing else."""
+    def copy(self, server: int, needed: Collection[str], since: int) -> tuple[list[Entry], list[str]]:
+        """What has changed since that epoch: entries that are new, names that are gone.
+
+        From now on the server holds what all names point to, and what it says it needs, and nothing else.
+        """
         kept = self._catalog.named.union(needed)
         for digest, holders in self._holders.items():
             if digest in kept:
                 holders.add(server)
             else:
                 holders.discard(server)
-        return list(self._catalog)
+        self._seen[server] = since
+        entries = [self._catalog.get(name) for name in _later(self._published, since)]
+        gone = _later(self._gone, since)
+        for name in [name for name, epoch in self._gone.items() if epoch <= min(self._seen.values())]:
+            del self._gone[name]  # a server that has not asked yet knows no name
+        return entries, gone
 
     def unused(self) -> list[str]:
         """Contents that may be freed."""
@@ -57,11 +69,16 @@ class NameBook:
         self._catalog.check_free(entry.name, entry.digest, replace)
         self._catalog.publish(entry)
         self.epoch += 1
+        for names in (self._gone, self._published):  # so that it comes last
+            names.pop(entry.name, None)
+        self._published[entry.name] = self.epoch
 
     def withdraw(self, name: str) -> Entry:
         """Take a name away. Errors: `ModelNotFound`."""
         entry = self._catalog.withdraw(name)
         self.epoch += 1
+        del self._published[name]
+        self._gone[name] = self.epoch
         return entry
 
     def take_turn(self, digest: str, token: str) -> bool:
@@ -85,7 +102,12 @@ class NameBook:
                 del self._holders[digest]
 
     def _in_use(self, digest: str) -> bool:
-        return bool(self._holders[digest]) or digest in self._catalog.named
+        return bool(self._holders[digest]) or self._catalog.names(digest)
+
+
+def _later(epochs: dict[str, int], since: int) -> list[str]:
+    """The names that have changed after that epoch, without a look at the others."""
+    return list(takewhile(lambda name: epochs[name] > since, reversed(epochs)))
 
 
 def install() -> None:
@@ -117,15 +139,19 @@ def _book(core: Any) -> NameBook:
 
 
 @answered
-def steer_names_copy(self: Any, server: int, needed: list[str]) -> Answer:
-    """Utility: the whole book, and what may be freed."""
+def steer_names_copy(self: Any, server: int, needed: list[str], since: int) -> Answer:
+    """Utility: what has changed in the book since an epoch, and what may be freed.
+
+    The time of a step is taken for it, so it must not grow with the number of names.
+    """
     book = _book(self)
-    entries = book.copy(server, needed)
+    entries, gone = book.copy(server, needed, since)
     return {
         "state": "done",
         "epoch": book.epoch,
         "opened": book.opened,
         "entries": [entry.to_wire() for entry in entries],
+        "gone": gone,
         "unused": book.unused(),
     }
 

@@ -28,11 +28,16 @@ class Names:
         self.server: int = self._core.client_index
         self.servers: int = self._core.client_count
 
-    async def copy(self, needed: Collection[str]) -> Snapshot:
-        """All names; this server then holds what they point to and what it needs besides, and nothing else."""
-        answer = await self._ask("copy", self.server, sorted(needed))
+    async def copy(self, needed: Collection[str], since: int) -> Snapshot:
+        """The changes since that epoch; this server then holds what all names point to and what it needs besides, and
+        nothing else."""
+        answer = await self._ask("copy", self.server, list(needed), since)
         return Snapshot(
-            answer["epoch"], answer["opened"], tuple(map(Entry.from_wire, answer["entries"])), tuple(answer["unused"])
+            answer["epoch"],
+            answer["opened"],
+            tuple(map(Entry.from_wire, answer["entries"])),
+            tuple(answer["gone"]),
+            tuple(answer["unused"]),
         )
 
     async def open(self) -> None:

@@ -47,9 +47,10 @@ class OutputProjection:
     def __call__(self, heads: torch.Tensor) -> torch.Tensor:
         """This rank's part of W_o z, without bias: [num_heads * head_dim] -> [hidden]; ranks add up to the whole.
 
-        In float32 where the weight is a plain matrix. A quantised or packed one is read through the layer's own method,
-        one input at a time, so that an input that the method quantises loses next to nothing: what is left is its
-        rounding of each column, and its arithmetic.
+        In float32 where the weight is a plain matrix, of which only the columns of edited heads are read: the weights
+        are most of what loading reads. A quantised or packed one is read through the layer's own method, one input at a
+        time, so that an input that the method quantises loses next to nothing: what is left is its rounding of each
+        column, and its arithmetic.
         Errors: `ArtifactInvalid` when the layer has heads of another number or size.
         """
         width = self.base.input_size_per_partition
@@ -62,7 +63,9 @@ class OutputProjection:
         mine = heads[rank * width : (rank + 1) * width]
         weight: Any = getattr(self.base, "weight", None)
         if self.plain:
-            return functional.linear(mine.to(weight.device).float(), weight.float())
+            (used,) = mine.nonzero(as_tuple=True)
+            columns = weight[:, used.to(weight.device)].float()
+            return functional.linear(mine[used].to(weight.device).float(), columns)
         device = next(self.base.parameters()).device
         z = mine.to(device, torch.float32)
         (used,) = z.nonzero(as_tuple=True)

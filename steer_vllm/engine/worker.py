@@ -13,6 +13,7 @@ import torch
 
 from ..config import SteerConfig
 from ..fingerprint import Fingerprint
+from ..host_memory import HostMemory
 from ..packed import Layout, Packed
 from ..plan import Plan
 from ..slots import RequestSlots, SlotTables, TokenSlots, staged
@@ -59,6 +60,7 @@ class WorkerSteering:
         self.requests = RequestSlots(scheduler.max_num_seqs, config, device)
         self.store: dict[tuple[str, int], Packed] = {}
         self.head_layers: dict[str, frozenset[int]] = {}
+        self.memory = HostMemory(config.memory_bytes)
         self.pending: dict[str, Load] = {}
         self.bases: dict[str, Fingerprint] = {}
         self.compilations: dict[str, Compilation] = {}

@@ -50,6 +50,7 @@ def test_no_low_rank_rows_means_no_low_rank_sites() -> None:
         ("additive_rows", 0), ("additive_rows", -1), ("additive_rows", 2.0), ("additive_rows", True),
         ("additive_rows", "8"), ("low_rank_rows", -1), ("low_rank_rows", None), ("max_rank", 0), ("per_request", 0),
         ("max_scale", 0), ("max_scale", -1.0), ("max_scale", float("nan")), ("max_scale", float("inf")),
+        ("memory_gib", 0), ("memory_gib", float("nan")), ("memory_gib", float("inf")), ("memory_gib", True),
         ("max_scale", 1e5), ("max_scale", "8"), ("max_scale", True), ("additive_sites", "block_output"),
         ("additive_sites", ["nowhere"]), ("additive_sites", [["block_output"]]), ("additive_sites", [None]),
         ("low_rank_sites", 3), ("low_rank_sites", None), ("low_rank_sites", {"block_output": 1}),

@@ -58,7 +58,7 @@ class Rank:
         self.store.discard(digest)
         return {"state": "done"}
 
-    def steer_facts(self) -> dict[str, Any]:
+    def steer_base(self) -> dict[str, Any]:
         return {"state": "done", "base": self.base.to_config()}
 
 

@@ -19,7 +19,8 @@ from steer_vllm.config import SteerConfig
 from steer_vllm.edit import Site
 from steer_vllm.engine import loader
 from steer_vllm.engine.binding import Binding
-from steer_vllm.errors import ArtifactInvalid
+from steer_vllm.errors import ArtifactInvalid, HostMemoryFull
+from steer_vllm.host_memory import HostMemory
 from steer_vllm.packed import Layout, Packed
 
 CONFIG = SteerConfig(additive_rows=2, low_rank_rows=2, max_rank=4)
@@ -40,6 +41,7 @@ class Rank:
         self.device = torch.device("cpu")
         self.store: dict[tuple[str, int], Packed] = {}
         self.head_layers: dict[str, frozenset[int]] = {}
+        self.memory = HostMemory(1 << 20)
         self.pending: dict[str, loader.Load] = {}
         self.bases: dict[str, Any] = {}
         self.compilations: dict[str, Any] = {}
@@ -128,8 +130,9 @@ def test_tensor_parallel_ranks_add_up(item: Intervention, tmp_path: Path) -> Non
         assert start(rank, item, tmp_path) == {"state": "ready"}
         loads.append(rank.pending.pop(item.digest))
         assert (loads[-1].parts == ()) == bool(loads[-1].compilation.heads), "only sums of ranks wait for the commit"
+    waiting = [[*other.compilation.projected.values(), torch.zeros(24)] for other in loads]
     for rank, load in zip(ranks, loads, strict=True):
-        rank.waiting = [[*other.compilation.projected.values(), torch.zeros(24)] for other in loads]
+        rank.waiting = waiting
         rank.pending[item.digest] = load
         assert loader.commit(rank, item.digest)["state"] == "done"
         for n in range(item.method.parts):
@@ -290,6 +293,32 @@ def test_a_drop_while_it_is_busy(tmp_path: Path) -> None:
     loader.drop(rank, item.digest)
     assert loader.poll(rank, item.digest)["state"] == "failed"
     assert rank.store == {}
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """What is loaded takes no more than it may, and gives back what it took, however it ends."""
+    rank: Any = Rank()
+    items = [lofit(), loreft(), direction()]
+    sizes = []
+    for i, item in enumerate(items):
+        assert start(rank, item, tmp_path / str(i))["state"] == "ready"
+        assert loader.commit(rank, item.digest)["state"] == "done"
+        held = sum(part.nbytes for (digest, _), part in rank.store.items() if digest == item.digest)
+        kept = sum(t.nbytes for t in item.tensors.values()) if item.method.name == "lofit" else 0
+        sizes.append(held + kept)
+        assert rank.memory.used == sum(sizes) == loader.facts(rank)["memory_bytes"]
+
+    rank.memory.limit = rank.memory.used + sizes[1] - 1
+    other = loreft(seed=9)
+    failed(start(rank, other, tmp_path / "more"), r"held by what is loaded: unload", HostMemoryFull.code)
+    assert rank.memory.used == sum(sizes)
+    loader.drop(rank, other.digest)
+    loader.free(rank, items[0].digest)
+    assert rank.memory.used == sum(sizes[1:])
+    assert start(rank, other, tmp_path / "more")["state"] == "ready"
+    assert rank.memory.used == sum(sizes[1:]) + sizes[1], "on its way it counts already"
+    loader.drop(rank, other.digest)
+    assert rank.memory.used == sum(sizes[1:])
 
 
 def test_loads_beside_each_other(tmp_path: Path) -> None:

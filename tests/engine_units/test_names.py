@@ -35,7 +35,7 @@ def load(book: NameBook, name: str, digest: str, *, replace: bool = False) -> No
 
 
 def seen(book: NameBook, server: int, *needed: str) -> dict[str, str]:
-    return {one.name: one.digest for one in book.copy(server, needed)}
+    return {one.name: one.digest for one in book.copy(server, needed, 0)[0]}
 
 
 def test_entries_cross_processes() -> None:
@@ -56,6 +56,33 @@ def test_publish_and_withdraw_are_changes() -> None:
     with pytest.raises(ModelNotFound):
         book.withdraw("x")
     assert book.epoch == 3
+
+
+def test_a_copy_is_what_has_changed() -> None:
+    """So that it does not take longer the more names there are."""
+    book = NameBook()
+    for name in ("x", "y", "z"):
+        load(book, name, f"d-{name}")
+
+    def changes(server: int, since: int) -> tuple[list[str], list[str]]:
+        entries, gone = book.copy(server, [], since)
+        return sorted(one.name for one in entries), sorted(gone)
+
+    assert changes(0, 0) == (["x", "y", "z"], [])
+    assert changes(0, 3) == ([], [])
+    load(book, "y", "d2", replace=True)
+    book.withdraw("x")
+    assert changes(0, 3) == (["y"], ["x"])
+    assert changes(0, 3) == (["y"], ["x"]), "an answer that was lost is asked for again"
+    assert changes(1, 0) == (["y", "z"], ["x"]), "a name that the server never had"
+    assert changes(0, 5) == ([], [])
+    load(book, "x", "d3")
+    assert changes(0, 5) == (["x"], [])
+    assert changes(1, 5) == (["x"], [])
+    book.withdraw("z")
+    assert changes(0, 6) == changes(1, 6) == ([], ["z"])
+    assert changes(0, 7) == changes(1, 7) == ([], [])
+    assert changes(0, 6) == ([], []), "nobody needs to be told of z any more"
 
 
 def test_published_in_its_turn_only() -> None:
@@ -130,8 +157,8 @@ def test_utilities_answer() -> None:
     assert names.steer_names_end_turn(core, "d1", "t", False) == {"state": "done"}
     assert names.steer_names_turn_to_free(core, "d1", "t") == {"state": "done", "needed": False}
     assert names.steer_names_open(core) == {"state": "done"}
-    assert names.steer_names_copy(core, 0, []) == {
-        "state": "done", "epoch": 1, "opened": True, "entries": [one], "unused": []
+    assert names.steer_names_copy(core, 0, [], 0) == {
+        "state": "done", "epoch": 1, "opened": True, "entries": [one], "gone": [], "unused": []
     }  # fmt: skip
     assert names.steer_names_withdraw(core, "x") == {"state": "done", "epoch": 2, "entry": one}
     failed = names.steer_names_withdraw(core, "x")
