@@ -5,19 +5,22 @@ Usage: python benchmarks/report.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import curves
 import step
 
-from steer_vllm.bench import record, result
+from steer_vllm.bench import record, tables, targets
+from steer_vllm.bench.result import upgraded
 from steer_vllm.errors import BenchmarkInvalid
 
 HERE = Path(__file__).resolve().parent
 
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "decode": result.markdown,
+    "decode": tables.markdown,  # `steer-vllm bench`, format 1
+    "offline": tables.markdown,
     "step": step.markdown,
 }
 """By the key `benchmark` of a result: its section in Markdown, without the heading."""
@@ -30,26 +33,37 @@ Written by `python benchmarks/report.py` from the JSON files in `results/`, whic
 How `steer-vllm bench` measures: engines with and without the plugin run at the same time in processes of their own, and
 one works at a time. A round runs every mode once, in random order; a turn begins when the other engines use no CPU. All
 requests of the batch start together; timed are the decode steps in which all of them take part, by the engine core's
-clock. A ratio is taken within each round; shown are its median over the rounds, the 95% bootstrap interval of that
-median, and the quartiles. `first ms` is the time until every request has its first token. `control` is a second process
-of plain vLLM: it says what two processes differ by without a cause.
+clock, or, of a prefill, the time from the call to the last first token. A ratio is taken within each round; shown are
+its median over the rounds, the 95% bootstrap interval of that median, and the quartiles. `distinct` is the number of
+different interventions in the batch, `first ms` the time until every request has its first token. `control` is a second
+process of plain vLLM: it says what two processes differ by without a cause.
 """
 
 
-def markdown(results: Mapping[str, dict[str, Any]]) -> str:
-    """RESULTS.md from results by file name. Errors: `BenchmarkInvalid` for a benchmark without a renderer."""
-    parts = [HEAD]
+def markdown(results: Mapping[str, dict[str, Any]], drawn: Collection[str] = ()) -> str:
+    """RESULTS.md from results by file name. drawn: those of which there is a picture.
+
+    Errors: `BenchmarkInvalid` for a benchmark without a renderer.
+    """
+    parts = [HEAD, targets.overview(offline(results).values())]
     for name, one in results.items():
         if one["benchmark"] not in RENDERERS:
             raise BenchmarkInvalid(f"{name}: no renderer for {one['benchmark']!r}, only for {', '.join(RENDERERS)}")
-        parts.append(f"## {name}\n\n{RENDERERS[one['benchmark']](one)}")
+        picture = f"\n![{name}: throughput by distinct interventions]({name}.svg)\n" if name in drawn else ""
+        parts.append(f"## {name}\n\n{RENDERERS[one['benchmark']](one)}{picture}")
     return "\n".join(parts)
+
+
+def offline(results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those of `steer-vllm bench`, in its present format."""
+    return {name: upgraded(one) for name, one in results.items() if RENDERERS.get(one["benchmark"]) is tables.markdown}
 
 
 def main() -> None:
     results = {path.stem: record.read(path) for path in sorted((HERE / "results").glob("*.json"))}
-    (HERE / "RESULTS.md").write_text(markdown(results))
-    print(f"RESULTS.md: {len(results)} results")
+    drawn = [name for name, one in offline(results).items() if curves.draw(one, HERE / f"{name}.svg")]
+    (HERE / "RESULTS.md").write_text(markdown(results, drawn))
+    print(f"RESULTS.md: {len(results)} results, {len(drawn)} pictures")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -26,8 +26,10 @@ import numpy as np
 import torch
 
 from steer_vllm.bench import record
+from steer_vllm.bench.fleet import limits
+from steer_vllm.bench.shapes import SHAPES
 from steer_vllm.bench.spread import Spread
-from steer_vllm.bench.workload import LlamaShape, Workload
+from steer_vllm.bench.workload import Load, Workload
 from steer_vllm.engine import runner_v1, runner_v2
 from steer_vllm.engine.worker import WorkerSteering, found_in
 from steer_vllm.packed import Packed
@@ -166,11 +168,12 @@ def main() -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from steer_vllm.engine.llm import LLM
 
-    workload = Workload(shape=LlamaShape(num_hidden_layers=LAYERS), batch=options.requests, compiled=False)
+    shape = replace(SHAPES["100m"], num_hidden_layers=LAYERS)
+    workload = Workload(shape, (Load(options.requests, PROMPT // 8, PROMPT // 8),), compiled=False)
     with tempfile.TemporaryDirectory() as folder:
         workload.write_model(Path(folder))
-        limits = workload.limits() | {"additive_rows": options.requests + 1}
-        llm = LLM(steer=limits, **workload.engine_arguments(Path(folder)))
+        steer = limits(options.requests, low_rank=True) | {"additive_rows": options.requests + 1}
+        llm = LLM(steer=steer, gpu_memory_utilization=0.1, **workload.engine_arguments(Path(folder)))
         (measured,) = llm.collective_rpc(measure, args=(options.requests, options.repeats))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     workload_facts = {"requests": options.requests, "repeats": options.repeats, "layers": LAYERS}

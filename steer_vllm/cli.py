@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -126,9 +127,7 @@ def evaluate(context: typer.Context) -> None:
     _need("transformers", "train")
     from .training.commands import evaluate as command
 
-    alone = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    alone.command()(command)
-    alone(args=context.args, prog_name="steer-vllm evaluate")
+    _alone(command, context)
 
 
 @app.command()
@@ -147,34 +146,16 @@ def demo(
     run(output_dir)
 
 
-@app.command()
-def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="fewer modes and rounds, shorter outputs")] = False,
-    output: Annotated[Path, typer.Option(help="JSON file for every sample")] = Path("bench.json"),
-    rounds: Annotated[int | None, typer.Option(min=1, help="measurements of each mode")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="requests that decode together")] = 32,
-    dtype: Annotated[str, typer.Option(help="of the model: float32, bfloat16 or float16")] = "float32",
-    compiled: Annotated[bool, typer.Option(help="compile the model, as a server does")] = True,
-    seed: Annotated[int, typer.Option(help="of weights, prompts and artifacts")] = 0,
-    modes: Annotated[str | None, typer.Option(help="names of modes, with commas; default: all")] = None,
-) -> None:
+@app.command(context_settings=_PASSED_ON)
+def bench(context: typer.Context) -> None:
     """Measure what this build costs on this machine, against plain vLLM in the same run.
 
     Example: steer-vllm bench --quick --output bench.json
     """
     _need("vllm", "cuda", "cpu")
-    from .bench.command import bench as run
+    from .bench.command import bench as command
 
-    run(
-        quick=quick,
-        output=output,
-        rounds=rounds,
-        batch=batch,
-        dtype=dtype,
-        compiled=compiled,
-        seed=seed,
-        modes=modes,
-    )
+    _alone(command, context)
 
 
 Folder = Annotated[Path, typer.Argument(help="an artifact's folder")]
@@ -254,6 +235,13 @@ def doctor() -> None:
     if problems:
         raise typer.Exit(1)
     console.print("no problem found")
+
+
+def _alone(command: Callable[..., None], context: typer.Context) -> None:
+    """A command whose options are declared where it is, given what was not read here."""
+    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+    app.command()(command)
+    app(args=context.args, prog_name=context.command_path)
 
 
 def _read_key(file: Path | None) -> str | None:

@@ -45,27 +45,23 @@ def _direction(base: Fingerprint, random: torch.Generator) -> Intervention:
     return Intervention(Direction(layers), {"directions": directions}, base, Positions("all"))
 
 
-def _loreft(positions: str) -> Callable[[Fingerprint, torch.Generator], Intervention]:
-    def make(base: Fingerprint, random: torch.Generator) -> Intervention:
-        """LoReFT of rank 8 on every layer's output."""
-        wide = (1, base.num_layers, base.hidden_size, RANK)
-        rotate = torch.linalg.qr(torch.randn(wide, generator=random))[0].mT.contiguous()
-        tensors = {
-            "rotate": rotate,
-            "weight": rotate + 0.1 * torch.randn(rotate.shape, generator=random) / base.hidden_size**0.5,
-            "bias": 0.1 * torch.randn(rotate.shape[:3], generator=random),
-        }
-        return Intervention(LoReFT(tuple(range(base.num_layers)), RANK), tensors, base, Positions.parse(positions))
-
-    return make
+def _loreft(base: Fingerprint, random: torch.Generator) -> Intervention:
+    """LoReFT of rank 8 on every layer's output, at the first and last seven tokens of the prompt."""
+    wide = (1, base.num_layers, base.hidden_size, RANK)
+    rotate = torch.linalg.qr(torch.randn(wide, generator=random))[0].mT.contiguous()
+    tensors = {
+        "rotate": rotate,
+        "weight": rotate + 0.1 * torch.randn(rotate.shape, generator=random) / base.hidden_size**0.5,
+        "bias": 0.1 * torch.randn(rotate.shape[:3], generator=random),
+    }
+    return Intervention(LoReFT(tuple(range(base.num_layers)), RANK), tensors, base, Positions.parse("f7+l7"))
 
 
 KINDS: dict[str, Callable[[Fingerprint, torch.Generator], Intervention]] = {
     "lofit": _lofit,
     "head-per-layer": _head_per_layer,
     "direction": _direction,
-    "loreft": _loreft("f7+l7"),
-    "low-rank": _loreft("all"),
+    "loreft": _loreft,
 }
 
 

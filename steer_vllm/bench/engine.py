@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +69,6 @@ class Engine:
                 ticks += int(fields[11]) + int(fields[12])
         return ticks * _TICK
 
-    def rest(self, within: float = 10.0) -> None:
-        """Wait until the group uses no CPU: vLLM's workers poll for about a second after their last step.
-
-        Errors: `BenchmarkInvalid` when it does not come to rest.
-        """
-        deadline = time.monotonic() + within
-        while time.monotonic() < deadline:
-            before = self.cpu_seconds()
-            time.sleep(0.15)
-            if self.cpu_seconds() - before <= 1.5 * _TICK:
-                return
-        raise BenchmarkInvalid(f"engine {self.name} still uses CPU {within:.0f} s after its last step")
-
     def close(self) -> None:
         """End the process group."""
         self._lines.close()
@@ -93,3 +81,20 @@ class Engine:
                 os.killpg(self._process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 return
+
+
+def rest(engines: Sequence[Engine], within: float = 10.0) -> None:
+    """Wait until they use no CPU: vLLM's workers poll for about a second after their last step.
+
+    Errors: `BenchmarkInvalid` naming those that do not come to rest.
+    """
+    deadline = time.monotonic() + within
+    busy = list(engines)
+    while busy and time.monotonic() < deadline:
+        before = [engine.cpu_seconds() for engine in busy]
+        time.sleep(0.15)
+        used = [engine.cpu_seconds() - was for engine, was in zip(busy, before, strict=True)]
+        busy = [engine for engine, more in zip(busy, used, strict=True) if more > 1.5 * _TICK]
+    if busy:
+        names = ", ".join(engine.name for engine in busy)
+        raise BenchmarkInvalid(f"{names}: still uses CPU {within:.0f} s after its last step")

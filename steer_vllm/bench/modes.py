@@ -5,41 +5,78 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InvalidIntervention
+from ..errors import BenchmarkInvalid
+from .workload import Load
 
 PLAIN = "plain"
 CONTROL = "control"
 STEERED = "steered"
+ADDITIVE = "additive"
+LORA = "lora"
+EAGER = "eager"
+ENGINES = (PLAIN, STEERED, ADDITIVE, LORA, EAGER, CONTROL)
 
 
 @dataclass(frozen=True)
 class Mode:
-    """One row of the table.
+    """A row of the table.
 
-    engine: which one runs it. kinds: what a request composes. distinct: every request has artifacts of its own.
+    engine: which one runs it. kinds: what a request composes. positions: where, if not as the artifacts say. adapters:
+    a request has a LoRA. distinct: requests differ in what they have.
     """
 
     name: str
     title: str
     engine: str = STEERED
     kinds: tuple[str, ...] = ()
+    positions: str | None = None
+    adapters: bool = False
     distinct: bool = False
 
-    def artifacts(self, batch: int) -> list[tuple[str, int]]:
-        """(kind, number) of everything it needs."""
-        return [(kind, number) for number in range(batch if self.distinct else 1) for kind in self.kinds]
+    def counts(self, load: Load, asked: tuple[int, ...] | None) -> tuple[int, ...]:
+        """How many distinct interventions (adapters) the batch may have, one case each; None asked: one per request."""
+        if not self.distinct:
+            return (1,) if self.kinds else (0,)
+        return tuple(sorted({min(count, load.requests) for count in asked or (load.requests,)}))
 
-    def asked(self, batch: int) -> list[list[dict[str, Any]]] | None:
-        """The interventions of each request; None where the engine's `generate` is called as a user of vLLM would."""
-        if not self.kinds:
+
+@dataclass(frozen=True)
+class Case:
+    """A mode under a load. distinct: interventions or adapters, dealt to the requests in turn."""
+
+    load: Load
+    mode: Mode
+    distinct: int
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Names it in samples and results."""
+        return self.load.name, self.mode.name, self.distinct
+
+    def artifacts(self) -> list[tuple[str, int]]:
+        """(kind, number) of everything it needs."""
+        return [(kind, number) for number in range(self.distinct) for kind in self.mode.kinds]
+
+    def interventions(self) -> list[list[dict[str, Any]]] | None:
+        """Of each request; None where the engine's `generate` is called as a user of vLLM would."""
+        if not self.mode.kinds:
             return None
-        return [[{"name": f"{kind}-{i if self.distinct else 0}"} for kind in self.kinds] for i in range(batch)]
+        where = {} if self.mode.positions is None else {"positions": self.mode.positions}
+        return [
+            [{"name": f"{kind}-{request % self.distinct}", **where} for kind in self.mode.kinds]
+            for request in range(self.load.requests)
+        ]
+
+    def adapters(self) -> list[int] | None:
+        """The number of each request's LoRA adapter; None without."""
+        return [request % self.distinct for request in range(self.load.requests)] if self.mode.adapters else None
 
 
 _ALL = (
     Mode("plain", "plain vLLM, the plugin kept out", PLAIN),
     Mode("control", "plain vLLM in a second process: what two processes differ by without a cause", CONTROL),
     Mode("idle", "plugin on, nothing asked for"),
+    Mode("idle-additive", "plugin on without low-rank rows, nothing asked for", ADDITIVE),
     Mode(
         "shared-offsets",
         "one LoFiT (10% of heads) with a direction on every layer, for all",
@@ -47,32 +84,41 @@ _ALL = (
     ),
     Mode(
         "distinct-offsets",
-        "another one for every request: head offsets and a direction on every layer",
+        "distinct head offsets and directions on every layer",
         kinds=("head-per-layer", "direction"),
         distinct=True,
     ),
-    Mode(
-        "distinct-loreft", "another LoReFT r=8 for every request, every layer, f7+l7", kinds=("loreft",), distinct=True
-    ),
+    Mode("distinct-loreft", "distinct LoReFT r=8, every layer, f7+l7", kinds=("loreft",), distinct=True),
     Mode(
         "distinct-low-rank",
-        "another low-rank r=8 edit for every request, every layer, all positions",
-        kinds=("low-rank",),
+        "distinct low-rank r=8 edits, every layer, all positions",
+        kinds=("loreft",),
+        positions="all",
         distinct=True,
     ),
+    Mode("lora", "vLLM's own LoRA r=8, distinct adapters of all projections", LORA, adapters=True, distinct=True),
+    Mode("eager", "plain vLLM without compiled graphs", EAGER),
 )
 MODES = {mode.name: mode for mode in _ALL}
 
+_LEFT_OUT = {False: (LORA, EAGER), True: (LORA, EAGER, CONTROL, ADDITIVE)}
+"""Engines whose modes have to be asked for, in a whole and in a quick run."""
+
 
 def choose(names: str | None, quick: bool) -> tuple[Mode, ...]:
-    """The modes of a run, plain always among them. names: separated by commas; None: all, less the control when quick.
+    """The modes of a run, plain always among them. names: separated by commas; None: those that are the plugin's.
 
-    Errors: `InvalidIntervention` for an unknown mode.
+    Errors: `BenchmarkInvalid` for an unknown mode.
     """
     if names is None:
-        return tuple(mode for mode in _ALL if not (quick and mode.engine == CONTROL))
+        return tuple(mode for mode in _ALL if mode.engine not in _LEFT_OUT[quick])
     asked = {name.strip() for name in names.split(",")}
     unknown = sorted(asked - set(MODES))
     if unknown:
-        raise InvalidIntervention(f"--modes: {', '.join(unknown)}: expected some of {', '.join(MODES)}")
+        raise BenchmarkInvalid(f"--modes: {', '.join(unknown)}: expected some of {', '.join(MODES)}")
     return tuple(mode for mode in _ALL if mode.name in asked | {PLAIN})
+
+
+def cases(modes: tuple[Mode, ...], loads: tuple[Load, ...], counts: tuple[int, ...] | None) -> tuple[Case, ...]:
+    """Every mode under every load. counts: of distinct interventions, as `Mode.counts` takes them."""
+    return tuple(Case(load, mode, count) for load in loads for mode in modes for count in mode.counts(load, counts))

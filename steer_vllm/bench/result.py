@@ -1,112 +1,97 @@
-"""The result of a run: as JSON, as a table on the console, as a section of RESULTS.md.
+"""The result of a run as JSON values, and the numbers that follow from its samples.
 
-Every number shown is computed from the samples that the JSON keeps. It runs nothing.
+Every number shown is computed from the samples that the JSON keeps. It runs nothing and draws nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
-
-from rich import box
-from rich.table import Column, Table
 
 from ..errors import BenchmarkInvalid
 from . import record
-from .modes import PLAIN, Mode
+from .modes import PLAIN, Case
 from .run import Outcome
 from .spread import Ratio, Spread
-from .workload import Workload
+from .workload import Load, Workload
 
-FORMAT = 1
-COLUMNS = ("mode", "tokens/s", "step ms", "of plain", "95% interval", "quartiles", "first ms")
+BENCHMARK, FORMAT = "offline", 2
 
 
-def assemble(workload: Workload, modes: Sequence[Mode], outcome: Outcome) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Row:
+    """A case and what was measured of it. ratio: of plain vLLM's tokens per second under the same load."""
+
+    load: str
+    mode: str
+    distinct: int
+    tokens_per_second: Spread
+    step_ms: Spread
+    first_tokens_ms: Spread
+    ratio: Ratio
+
+
+def assemble(workload: Workload, cases: Sequence[Case], outcome: Outcome) -> dict[str, Any]:
     """Everything there is to know of a run, as JSON values."""
     samples = [asdict(sample) for sample in outcome.samples]
-    return {
-        **record.begin(
-            "decode",
-            FORMAT,
-            {**asdict(workload), "parameters": workload.shape.parameters},
-            outcome.facts[PLAIN]["device"],
-        ),
+    facts = {**asdict(workload), "parameters": workload.shape.parameters}
+    result = {
+        **record.begin(BENCHMARK, FORMAT, facts, outcome.facts[PLAIN]["device"]),
         "engines": outcome.facts,
-        "modes": [
-            {**asdict(mode), "same_as_plain": outcome.same_as_plain[mode.name], **summary(samples, mode.name)}
-            for mode in modes
-        ],
+        "modes": {case.mode.name: asdict(case.mode) for case in cases},
+        "same_as_plain": [[*key, share] for key, share in outcome.same_as_plain.items()],
         "samples": samples,
     }
+    return {**result, "table": [asdict(row) for row in rows(result)]}
 
 
-def summary(samples: Sequence[dict[str, Any]], mode: str) -> dict[str, Any]:
-    """Medians and quartiles of a mode, and its ratio to plain in tokens per second."""
+def rows(result: Mapping[str, Any]) -> Iterator[Row]:
+    """One per case, by load, then in the order of the modes, then by the number of distinct interventions."""
+    order = {name: at for at, name in enumerate(result["modes"])}
+    samples = sorted(result["samples"], key=lambda sample: sample["round"])
+    loads = dict.fromkeys(_load_name(load) for load in result["workload"]["loads"])
+    for load in loads:
+        of: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+        for sample in samples:
+            if sample["load"] == load:
+                of.setdefault((sample["mode"], sample["distinct"]), []).append(sample)
+        plain = [sample["tokens_per_second"] for sample in of[PLAIN, 0]]
+        for mode, distinct in sorted(of, key=lambda key: (order[key[0]], key[1])):
+            values = {
+                name: [sample[name] for sample in of[mode, distinct]]
+                for name in ("tokens_per_second", "step_ms", "first_tokens_ms")
+            }
+            ratio = Ratio.paired(values["tokens_per_second"], plain)
+            yield Row(load, mode, distinct, **{name: Spread.of(some) for name, some in values.items()}, ratio=ratio)
 
-    def values(name: str, of: str) -> list[float]:
-        return [sample[name] for sample in sorted(samples, key=lambda s: s["round"]) if sample["mode"] == of]
 
-    measured = {
-        name: asdict(Spread.of(values(name, mode))) for name in ("tokens_per_second", "step_ms", "first_tokens_ms")
+def _load_name(load: Mapping[str, Any]) -> str:
+    return Load(**load).name
+
+
+def upgraded(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A result in this format: format 1 knew one decode load, and always as many interventions as requests.
+
+    Errors: `BenchmarkInvalid` for a format that is not known.
+    """
+    if (result["benchmark"], result["format_version"]) == (BENCHMARK, FORMAT):
+        return dict(result)
+    if (result["benchmark"], result["format_version"]) != ("decode", 1):
+        raise BenchmarkInvalid(f"expected {BENCHMARK} {FORMAT}, got {result['benchmark']} {result['format_version']}")
+    workload = dict(result["workload"])
+    batch = workload.pop("batch")
+    load = {"requests": batch, **{name: workload.pop(name) for name in ("prompt_tokens", "output_tokens")}}
+    modes = {mode["name"]: mode for mode in result["modes"]}
+    counts = {name: (batch if mode["distinct"] else 1) if mode["kinds"] else 0 for name, mode in modes.items()}
+    samples = [
+        {**sample, "load": f"decode {batch}", "distinct": counts[sample["mode"]]} for sample in result["samples"]
+    ]
+    return {
+        **result,
+        "benchmark": BENCHMARK,
+        "format_version": FORMAT,
+        "workload": {**workload, "loads": [load], "prefix_cache": False},
+        "modes": modes,
+        "samples": samples,
     }
-    rate = "tokens_per_second"
-    return {**measured, "ratio": asdict(Ratio.paired(values(rate, mode), values(rate, PLAIN)))}
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A result of `steer-vllm bench` from its file. Errors: `BenchmarkInvalid` for anything else."""
-    result = record.read(path)
-    if result["format_version"] != FORMAT:
-        raise BenchmarkInvalid(f"{path}: expected format {FORMAT}, got {result['format_version']!r}")
-    return result
-
-
-def rows(result: dict[str, Any]) -> Iterable[tuple[str, ...]]:
-    """One row per mode, as `COLUMNS`."""
-    for mode in result["modes"]:
-        again = summary(result["samples"], mode["name"])
-        ratio = again["ratio"]
-        compared = (f"{ratio['median']:.1%}", _between(ratio["low"], ratio["high"]), _between(ratio["q1"], ratio["q3"]))
-        yield (
-            mode["name"],
-            f"{again['tokens_per_second']['median']:.0f}",
-            f"{again['step_ms']['median']:.2f}",
-            *(("", "", "") if mode["name"] == PLAIN else compared),
-            f"{again['first_tokens_ms']['median']:.0f}",
-        )
-
-
-def _between(low: float, high: float) -> str:
-    return f"{100 * low:.1f} to {high:.1%}"
-
-
-def conditions(result: dict[str, Any]) -> str:
-    """What was run on what, in a sentence."""
-    load = result["workload"]
-    return (
-        f"Llama of {load['parameters'] / 1e6:.0f}M random weights, {load['dtype']}, "
-        f"{'compiled' if load['compiled'] else 'eager'}; decode at batch {load['batch']}, {load['prompt_tokens']} "
-        f"tokens in, {load['output_tokens']} out; {load['rounds']} rounds, seed {load['seed']}. {record.origin(result)}"
-    )
-
-
-def table(result: dict[str, Any]) -> Table:
-    """For the console: without the quartiles, which are in the JSON."""
-    kept = [i for i, column in enumerate(COLUMNS) if column != "quartiles"]
-    columns = (Column(COLUMNS[i], no_wrap=True) for i in kept)
-    shown = Table(*columns, title="decode throughput against plain vLLM", box=box.SIMPLE, pad_edge=False)
-    for row in rows(result):
-        shown.add_row(*(row[i] for i in kept))
-    return shown
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The section of RESULTS.md, without its heading."""
-    lines = [conditions(result), "", record.how(result), ""]
-    lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows(result)]
-    lines += ["", *(f"- `{mode['name']}`: {mode['title']}" for mode in result["modes"]), ""]
-    return "\n".join(lines)

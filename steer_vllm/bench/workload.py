@@ -1,66 +1,100 @@
-"""What is run: a random-weight Llama, a batch of prompts, how long and how often.
+"""What is run: a random-weight Llama, which batches of prompts, how long and how often.
 
-Knows no mode and no engine; what follows from these numbers is the same for every engine of a run.
+Knows no mode; what follows from these numbers is the same for every engine of a run.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_ALIGN = 128
+from .shapes import LlamaShape
+
+ALIGN = 128
 """KV block size of vLLM on a CPU: contexts are given as a multiple of it."""
+
+_STEP = (2048, 8192)
+"""Tokens of a step: at least, and at most for the prompts of a decode load, which vLLM takes in several steps then."""
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class LlamaShape:
-    """A Llama's shape; the default has 51 million parameters."""
+class Load:
+    """A batch: all requests start together. With one output token its prefill is what counts, else its decode steps.
 
-    hidden_size: int = 512
-    intermediate_size: int = 1408
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 8
-    vocab_size: int = 12288
+    repeats: how often it is run in a turn.
+    """
+
+    requests: int
+    prompt_tokens: int
+    output_tokens: int
+    repeats: int = 1
 
     @property
-    def parameters(self) -> int:
-        """Weights of the whole model, embeddings and head counted apart."""
-        head_dim = self.hidden_size // self.num_attention_heads
-        attention = 2 * self.hidden_size * head_dim * (self.num_attention_heads + self.num_key_value_heads)
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        return self.num_hidden_layers * layer + (2 * self.vocab_size + 1) * self.hidden_size
+    def decodes(self) -> bool:
+        """Timed are the steps in which every request decodes."""
+        return self.output_tokens > 1
+
+    @property
+    def name(self) -> str:
+        """`decode REQUESTS` or `prefill REQUESTSxTOKENS`, as targets and tables call it."""
+        return f"decode {self.requests}" if self.decodes else f"prefill {self.requests}x{self.prompt_tokens}"
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens in the KV cache at the end, whole blocks of each request."""
+        return self.requests * -(-(self.prompt_tokens + self.output_tokens) // ALIGN) * ALIGN
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Decode at a fixed batch: all requests start together, and only steps in which all of them decode are timed."""
+    """rounds: at most. prefix_cache: keys are computed and looked up; caches are emptied before every batch."""
 
-    shape: LlamaShape = field(default_factory=LlamaShape)
+    shape: LlamaShape
+    loads: tuple[Load, ...]
     dtype: str = "float32"
     compiled: bool = True
-    batch: int = 32
-    prompt_tokens: int = 32
-    output_tokens: int = 64
+    prefix_cache: bool = False
     rounds: int = 15
     seed: int = 0
 
-    def quick(self) -> Workload:
-        """A third of the rounds, half of the length."""
-        return replace(self, rounds=5, output_tokens=32)
+    @property
+    def requests(self) -> int:
+        """Of the largest batch."""
+        return max(load.requests for load in self.loads)
 
-    def prompts(self) -> list[list[int]]:
+    @property
+    def context(self) -> int:
+        """The longest request, up to a multiple of the KV block size."""
+        return max(load.cached_tokens // load.requests for load in self.loads)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that a step may take: every prefill load in one, prompts of decode loads up to a limit."""
+        least, most = _STEP
+        return max(
+            least, *(min(load.requests * load.prompt_tokens, most if load.decodes else 1 << 30) for load in self.loads)
+        )
+
+    @property
+    def kv_bytes(self) -> int:
+        """KV cache for the largest load, with a tenth to spare."""
+        tokens = max(load.cached_tokens for load in self.loads) + 8 * ALIGN
+        return tokens * self.shape.kv_numbers * _BYTES[self.dtype] * 11 // 10
+
+    def prompts(self, load: Load) -> list[list[int]]:
         """Random token ids, one list per request."""
-        ids = np.random.default_rng(self.seed).integers(10, self.shape.vocab_size, (self.batch, self.prompt_tokens))
+        random = np.random.default_rng((self.seed, load.requests, load.prompt_tokens))
+        ids = random.integers(10, self.shape.vocab_size, (load.requests, load.prompt_tokens))
         return [list(map(int, row)) for row in ids]
 
     def write_model(self, folder: Path) -> None:
         """The config from which vLLM makes the model with random weights (`load_format="dummy"`)."""
-        context = self.context
         config = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -68,7 +102,7 @@ class Workload:
             "rms_norm_eps": 1e-5,
             "rope_theta": 10000.0,
             "tie_word_embeddings": False,
-            "max_position_embeddings": context,
+            "max_position_embeddings": self.context,
             "bos_token_id": 1,
             "eos_token_id": 2,
             "torch_dtype": self.dtype,
@@ -77,13 +111,8 @@ class Workload:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config, indent=1))
 
-    @property
-    def context(self) -> int:
-        """The longest request, up to a multiple of the KV block size."""
-        return -(-(self.prompt_tokens + self.output_tokens) // _ALIGN) * _ALIGN
-
     def engine_arguments(self, model: Path) -> dict[str, Any]:
-        """vLLM's arguments, alike for every engine. The whole batch is prefilled in one step."""
+        """vLLM's arguments, alike for every engine."""
         return {
             "model": str(model),
             "load_format": "dummy",
@@ -91,13 +120,8 @@ class Workload:
             "dtype": self.dtype,
             "enforce_eager": not self.compiled,
             "max_model_len": self.context,
-            "max_num_seqs": self.batch,
-            "max_num_batched_tokens": max(2048, self.batch * self.prompt_tokens),
-            "enable_prefix_caching": False,
-            "gpu_memory_utilization": 0.1,
+            "max_num_seqs": self.requests,
+            "max_num_batched_tokens": self.step_tokens,
+            "enable_prefix_caching": self.prefix_cache,
             "seed": self.seed,
         }
-
-    def limits(self) -> dict[str, int]:
-        """Steering limits: the defaults, or as many rows as there can be distinct interventions."""
-        return {"additive_rows": max(256, self.batch), "low_rank_rows": max(64, self.batch)}

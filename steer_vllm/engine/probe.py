@@ -28,11 +28,13 @@ class Probe:
         core: Any = self._llm.llm_engine.engine_core
         self._steps: list[tuple[float, list[str]]] = []
         core.get_output = self._noting(core.get_output)
+        self._caches: bool = self._llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
         self.facts = {
             "vllm": vllm.__version__,
             "device": current_platform.get_device_name(),
             "compiled": not self._llm.llm_engine.vllm_config.model_config.enforce_eager,
             "dtype": str(self._llm.llm_engine.vllm_config.model_config.dtype).removeprefix("torch."),
+            "model_runner": 2 if self._llm.llm_engine.vllm_config.use_v2_model_runner else 1,
         }
 
     def load(self, folders: dict[str, str]) -> dict[str, Any]:
@@ -41,38 +43,37 @@ class Probe:
             self._llm.load_intervention(name, folder)
         return {}
 
-    def run(self, prompts: list[list[int]], tokens: int, interventions: list[Any] | None) -> dict[str, Any]:
-        """Generate exactly `tokens` for each prompt, greedily.
+    def run(
+        self,
+        prompts: list[list[int]],
+        tokens: int,
+        interventions: list[Any] | None = None,
+        adapters: list[tuple[int, str]] | None = None,
+        repeats: int = 1,
+    ) -> dict[str, Any]:
+        """Generate exactly `tokens` for each prompt, greedily, `repeats` times with nothing in the prefix cache.
 
-        decode: when each step ended in which every request decoded, after the one that brought the last first token.
-        first_tokens: seconds until then. tokens: what was generated, per prompt.
+        adapters: number and folder of each request's LoRA. runs: for each repeat, `decode`, when each step ended in
+        which every request decoded, after the one that brought the last first token, and `first_tokens`, seconds until
+        then. tokens: what was generated last, per prompt.
         """
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
+        more: dict[str, Any] = {} if interventions is None else {"interventions": interventions}
+        if adapters is not None:
+            more["lora_request"] = [LoRARequest(f"adapter-{n}", n + 1, folder) for n, folder in adapters]
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        asked = {} if interventions is None else {"interventions": interventions}
-        self._steps.clear()
-        began = time.monotonic()
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": ids} for ids in prompts],
-            params,
-            use_tqdm=False,
-            **asked,  # type: ignore[arg-type]
-        )
-        seen: set[str] = set()
-        decode: list[float] = []
-        for ended, ids in self._steps:
-            if len(seen) == len(prompts) == len(ids):
-                decode.append(ended)
-            elif not decode:
-                seen.update(ids)
-                if len(seen) == len(prompts):
-                    decode.append(ended)
-        return {
-            "decode": decode,
-            "first_tokens": decode[0] - began,
-            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        }
+        runs = []
+        for _ in range(repeats):
+            if self._caches and not self._llm.reset_prefix_cache():
+                raise RuntimeError("the prefix cache could not be emptied")
+            self._steps.clear()
+            began = time.monotonic()
+            outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False, **more)
+            decode = _decoding(self._steps, len(prompts))
+            runs.append({"decode": decode, "first_tokens": decode[0] - began})
+        return {"runs": runs, "tokens": [list(output.outputs[0].token_ids) for output in outputs]}
 
     def _noting(self, get_output: Callable[[], Any]) -> Callable[[], Any]:
         def noted() -> Any:
@@ -83,6 +84,20 @@ class Probe:
             return outputs
 
         return noted
+
+
+def _decoding(steps: list[tuple[float, list[str]]], requests: int) -> list[float]:
+    """When each step ended in which all of so many requests decoded; the first brought the last first token."""
+    seen: set[str] = set()
+    ends: list[float] = []
+    for ended, ids in steps:
+        if len(seen) == requests == len(ids):
+            ends.append(ended)
+        elif not ends:
+            seen.update(ids)
+            if len(seen) == requests:
+                ends.append(ended)
+    return ends
 
 
 def main() -> None:

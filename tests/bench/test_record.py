@@ -41,7 +41,9 @@ def test_other_files_are_refused(content: str, tmp_path: Path) -> None:
 def test_every_committed_result_has_its_section(root: Path, script: Callable[[str], ModuleType]) -> None:
     report = script("report")
     results = {path.stem: record.read(path) for path in sorted((root / "benchmarks" / "results").glob("*.json"))}
-    text = report.markdown(results)
+    drawn = [name for name, one in report.offline(results).items() if report.curves.curves(one)]
+    assert all((root / "benchmarks" / f"{name}.svg").is_file() for name in drawn)
+    text = report.markdown(results, drawn)
     assert text == (root / "benchmarks" / "RESULTS.md").read_text(), "python benchmarks/report.py writes it"
     assert all(f"\n## {name}\n" in text for name in results)
 

@@ -1,85 +1,160 @@
-"""Tables and RESULTS.md from a result's samples."""
+"""Tables, sections of RESULTS.md and pictures from a result's samples."""
 
 from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from steer_vllm.bench.modes import MODES
-from steer_vllm.bench.result import COLUMNS, assemble, conditions, markdown, read, rows, table
+from steer_vllm.bench import record
+from steer_vllm.bench.modes import cases, choose
+from steer_vllm.bench.result import assemble, rows, upgraded
 from steer_vllm.bench.run import Outcome, Sample
-from steer_vllm.bench.workload import Workload
+from steer_vllm.bench.shapes import SHAPES
+from steer_vllm.bench.tables import COLUMNS, cells, conditions, console, markdown
+from steer_vllm.bench.workload import Load, Workload
 from steer_vllm.errors import BenchmarkInvalid
 
-CHOSEN = tuple(MODES[name] for name in ("plain", "idle", "distinct-low-rank"))
-SHARE = {"plain": 1.0, "idle": 0.98, "distinct-low-rank": 0.8}
+WORKLOAD = Workload(SHAPES["100m"], (Load(1, 32, 64), Load(16, 32, 64), Load(2, 256, 1, 4)), rounds=5)
+CASES = cases(choose("idle,distinct-offsets,distinct-low-rank", quick=False), WORKLOAD.loads, (4, 16))
+SHARE = {"plain": 1.0, "idle": 0.98, "distinct-offsets": 0.96, "distinct-low-rank": 0.8}
 
 
 @pytest.fixture
 def result() -> dict[str, Any]:
     samples = [
-        Sample(number, turn, mode.name, SHARE[mode.name] * 1000 * (number + 1), 32 / SHARE[mode.name], 63, 470.0, 0.01)
+        Sample(
+            round=number,
+            turn=turn,
+            load=case.load.name,
+            mode=case.mode.name,
+            distinct=case.distinct,
+            tokens_per_second=SHARE[case.mode.name] * 1000 * (number + 1) - case.distinct,
+            step_ms=32 / SHARE[case.mode.name],
+            steps=63,
+            first_tokens_ms=470.0,
+            others_cpu=0.01,
+        )
         for number in range(5)
-        for turn, mode in enumerate(CHOSEN)
+        for turn, case in enumerate(CASES)
     ]
     facts = {"plain": {"vllm": "0.32.0", "device": "cpu", "compiled": True, "dtype": "float32"}}
-    same = {"plain": 1.0, "idle": 1.0, "distinct-low-rank": 0.0}
-    return assemble(replace(Workload(), rounds=5), CHOSEN, Outcome(samples, same, facts))
+    return assemble(WORKLOAD, CASES, Outcome(samples, {case.key: 1.0 for case in CASES}, facts))
+
+
+def shown(result: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, str]]:
+    return {(row.load, row.mode, row.distinct): cells(result, row) for row in rows(result)}
 
 
 def test_result_survives_json(result: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     path.write_text(json.dumps(result))
-    assert list(rows(read(path))) == list(rows(result))
-    assert {"command", "commit", "hardware", "versions", "workload", "samples", "time"} <= set(read(path))
-    assert result["workload"]["seed"] == 0
+    again = record.read(path)
+    assert shown(again) == shown(result)
+    assert markdown(again) == markdown(result)
+    assert [entry["mode"] for entry in again["table"]] == [row.mode for row in rows(result)]
+
+
+def test_a_row_for_every_case_in_order(result: dict[str, Any]) -> None:
+    assert list(shown(result)) == [case.key for case in CASES]
 
 
 def test_rows_are_computed_from_the_samples(result: dict[str, Any]) -> None:
-    for mode in result["modes"]:  # what a hand may have changed is not what is shown
-        mode["ratio"] = mode["tokens_per_second"] = None
-    shown = {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in rows(result)}
-    assert shown["plain"]["tokens/s"] == "3000"
-    assert shown["plain"]["of plain"] == ""
-    assert shown["idle"]["of plain"] == "98.0%"
-    assert shown["distinct-low-rank"]["95% interval"] == "80.0 to 80.0%"
-    assert shown["idle"]["step ms"] == "32.65"
+    result["table"] = None  # what a hand may have changed is not what is shown
+    at = shown(result)
+    assert at["decode 16", "plain", 0]["tokens/s"] == "3000"
+    assert at["decode 16", "plain", 0]["of plain"] == ""
+    assert at["decode 16", "idle", 0]["of plain"] == "98.0%"
+    assert at["decode 16", "idle", 0]["step ms"] == "32.65"
+    assert at["decode 16", "distinct-low-rank", 4]["tokens/s"] == "2396"
+    assert at["decode 16", "distinct-low-rank", 16]["tokens/s"] == "2384"
+    assert tuple(at["decode 16", "idle", 0]) == COLUMNS
+
+
+def test_ratios_are_taken_under_the_same_load(result: dict[str, Any]) -> None:
+    for sample in result["samples"]:
+        if sample["load"] == "decode 1":
+            sample["tokens_per_second"] /= 7
+    at = shown(result)
+    assert at["decode 1", "idle", 0]["of plain"] == at["decode 16", "idle", 0]["of plain"] == "98.0%"
 
 
 def test_the_order_of_samples_does_not_matter(result: dict[str, Any]) -> None:
-    before = list(rows(result))
+    before = shown(result)
     result["samples"].reverse()
-    assert list(rows(result)) == before
+    assert shown(result) == before
 
 
-def test_console_table_fits_a_terminal(result: dict[str, Any]) -> None:
-    console = Console(file=io.StringIO(), width=80)
-    console.print(table(result))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert all(mode.name in text for mode in CHOSEN)
+def test_targets_stand_beside_what_they_are_for(result: dict[str, Any]) -> None:
+    at = shown(result)
+    assert at["decode 16", "idle", 0]["target"] == "97.0%: met"
+    assert at["decode 16", "distinct-offsets", 16]["target"] == "97.0%: not met"
+    assert at["decode 16", "distinct-offsets", 4]["target"] == "", "only where each request has its own"
+    assert at["decode 16", "distinct-low-rank", 16]["target"] == ""
+    assert at["prefill 2x256", "idle", 0]["target"] == ""
+
+
+def test_console_tables_fit_a_terminal(result: dict[str, Any]) -> None:
+    screen = Console(file=io.StringIO(), width=80)
+    screen.print(*console(result))
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    assert all(load.name in text for load in WORKLOAD.loads)
+    assert "distinct-low-rank" in text
     assert "98.0 to 98.0%" in text
+    assert "97.0%: not met" in text
 
 
 def test_conditions_name_the_work(result: dict[str, Any]) -> None:
-    text = conditions(result)
-    assert "float32, compiled; decode at batch 32, 32 tokens in, 64 out; 5 rounds, seed 0" in text
+    assert conditions(result).startswith(
+        "Llama of 104M random weights, float32, compiled, prefix cache off; decode at batch 1, 16, 32 tokens in, 64 "
+        "out; prefill of 2x256 tokens; 5 rounds, seed 0."
+    )
 
 
-def test_markdown_has_every_row_with_the_command(result: dict[str, Any]) -> None:
-    text = markdown(result)
-    assert f"`{result['command']}`" in text
-    assert "| idle | 2940 | 32.65 | 98.0% | 98.0 to 98.0% | 98.0 to 98.0% | 470 |" in text
-    assert MODES["idle"].title in text
+def test_rounds_are_those_that_were_run(result: dict[str, Any]) -> None:
+    result["samples"] = [sample for sample in result["samples"] if sample["round"] < 3]
+    assert "; 3 rounds, seed 0." in conditions(result)
 
 
-def test_other_formats_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "bench.json"
-    path.write_text('{"benchmark": "decode", "format_version": 99}')
-    with pytest.raises(BenchmarkInvalid, match=r"bench\.json: expected format 1, got 99"):
-        read(path)
+def test_the_former_format_is_still_read(root: Path) -> None:
+    former = record.read(root / "benchmarks" / "results" / "cpu-quick.json")
+    assert (former["benchmark"], former["format_version"]) == ("decode", 1)
+    at = shown(upgraded(former))
+    assert list(at)[-2:] == [("decode 32", "distinct-loreft", 32), ("decode 32", "distinct-low-rank", 32)]
+    assert at["decode 32", "distinct-low-rank", 32]["of plain"] == "81.6%"
+    assert at["decode 32", "shared-offsets", 1]["tokens/s"] == "1078"
+
+
+def test_other_formats_are_refused(result: dict[str, Any]) -> None:
+    with pytest.raises(BenchmarkInvalid, match="expected offline 2, got offline 99"):
+        upgraded({**result, "format_version": 99})
+
+
+def test_a_picture_where_numbers_vary(
+    result: dict[str, Any], tmp_path: Path, script: Callable[[str], ModuleType]
+) -> None:
+    drawing = script("curves")
+    panels = drawing.curves(result)
+    assert {load: sorted(modes) for load, modes in panels.items()} == {
+        "decode 16": ["distinct-low-rank", "distinct-offsets"]
+    }
+    assert [row.distinct for row in panels["decode 16"]["distinct-offsets"]] == [4, 16]
+    assert drawing.draw(result, tmp_path / "a.svg")
+    assert drawing.draw(result, tmp_path / "b.svg")
+    assert (tmp_path / "a.svg").read_text() == (tmp_path / "b.svg").read_text(), "no date, no random names"
+    result["samples"] = [sample for sample in result["samples"] if sample["distinct"] != 4]
+    assert not drawing.draw(result, tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
+
+
+def test_report_shows_the_picture(result: dict[str, Any], script: Callable[[str], ModuleType]) -> None:
+    report = script("report")
+    assert "(cpu.svg)" in report.markdown({"cpu": result}, ["cpu"])
+    assert "(cpu.svg)" not in report.markdown({"cpu": result})

@@ -1,0 +1,129 @@
+"""The engines of a run: started with what their modes need, and filled with interventions and adapters.
+
+All are alive at once. On a GPU each is given its KV cache in bytes, so that none looks at the memory that others take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..fingerprint import Fingerprint
+from .artifacts import RANK, make
+from .engine import Engine
+from .lora import make_adapter
+from .modes import ADDITIVE, CONTROL, EAGER, ENGINES, LORA, STEERED, Case
+from .workload import Workload
+
+_EVERY = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
+_GIB = 1 << 30
+
+
+class Fleet:
+    """engines: by name. facts: what each says of itself."""
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        workload: Workload,
+        folder: Path,
+        stack: ExitStack,
+        say: Callable[[str], None],
+        more: dict[str, str] | None = None,
+    ) -> None:
+        """Start every engine that a case needs; `stack` ends them. more: environment variables for all.
+
+        folder: for the model, the artifacts and the logs. The control starts when plain vLLM is there: it takes
+        its compiled code from the same cache. Interventions are made while the engines start.
+        Errors: `BenchmarkInvalid` when an engine does not start or refuses an intervention.
+        """
+        self.engines: dict[str, Engine] = {}
+        self.facts: dict[str, dict[str, Any]] = {}
+        self._cases, self._workload, self._folder = cases, workload, folder
+        self._model = folder / "model"
+        self._adapter = folder / "adapter"
+        workload.write_model(self._model)
+        names = sorted({case.mode.engine for case in cases}, key=ENGINES.index)
+        say(f"starting {len(names)} engines ({', '.join(names)}), making interventions")
+        for name in names:
+            if name == CONTROL:
+                self._await()
+            self._start(name, more or {})
+            stack.callback(self.engines[name].close)
+        made = self._make()
+        self._await()
+        if made:
+            say(f"loading {len(made)} interventions")
+            self.engines[STEERED].ask(call="load", folders=made)
+
+    def _start(self, name: str, more: dict[str, str]) -> None:
+        steered = name in (STEERED, ADDITIVE)
+        arguments, environment = _memory(self._workload)
+        environment = {**_EVERY, **environment, "VLLM_PLUGINS": "steer_vllm" if steered else "", **more}
+        self.engines[name] = Engine(name, environment, self._folder / f"{name}.log")
+        arguments = {**self._workload.engine_arguments(self._model), **arguments, **self._own(name)}
+        self.engines[name].send(steered=steered, **arguments)
+
+    def _own(self, name: str) -> dict[str, Any]:
+        """What this engine has that others do not."""
+        if name == EAGER:
+            return {"enforce_eager": True}
+        if name == LORA:
+            most = max(case.distinct for case in self._cases if case.mode.adapters)
+            return {"enable_lora": True, "max_loras": most, "max_cpu_loras": most, "max_lora_rank": RANK}
+        if name in (STEERED, ADDITIVE):
+            return {"steer": limits(self._workload.requests, low_rank=name == STEERED)}
+        return {}
+
+    def _await(self) -> None:
+        self.facts |= {name: engine.receive() for name, engine in self.engines.items() if name not in self.facts}
+
+    def _make(self) -> dict[str, str]:
+        """Interventions by name, and the adapter."""
+        if any(case.mode.adapters for case in self._cases):
+            make_adapter(self._workload.shape, self._workload.dtype, self._workload.seed, self._adapter)
+        wanted = dict.fromkeys(pair for case in self._cases for pair in case.artifacts())
+        base = Fingerprint.of(self._model, weights=False)
+        folder = self._folder / "artifacts"
+        return {f"{kind}-{n}": str(make(kind, n, base, self._workload.seed, folder)) for kind, n in wanted}
+
+    def run(self, case: Case, output_tokens: int) -> dict[str, Any]:
+        """What the probe of the case's engine answers."""
+        numbers = case.adapters()
+        return self.engines[case.mode.engine].ask(
+            call="run",
+            prompts=self._workload.prompts(case.load),
+            tokens=output_tokens,
+            interventions=case.interventions(),
+            adapters=None if numbers is None else [[number, str(self._adapter)] for number in numbers],
+            repeats=case.load.repeats,
+        )
+
+
+def limits(requests: int, low_rank: bool) -> dict[str, int]:
+    """Steering limits: row counts as by default, or one per request; the rank that is served."""
+    return {
+        "additive_rows": max(256, requests),
+        "low_rank_rows": max(64, requests) if low_rank else 0,
+        "max_rank": RANK,
+    }
+
+
+def _memory(workload: Workload) -> tuple[dict[str, Any], dict[str, str]]:
+    """Arguments and environment variables that bound an engine's memory.
+
+    gpu_memory_utilization: what must be free when an engine starts; of a CPU's memory likewise.
+    """
+    if torch.cuda.is_available():
+        return {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": workload.kv_bytes}, {}
+    space = -(-workload.kv_bytes // _GIB)
+    return {"gpu_memory_utilization": 0.1}, {"VLLM_CPU_KVCACHE_SPACE": str(space), "VLLM_USE_AOT_COMPILE": "0"}
