@@ -33,6 +33,8 @@ class Load:
         self.spoilt = False
         self.abandoned = False
         self.answer: Answer = {"state": "busy"}
+        # Its own: a copy to the host waits for its stream, and that of the steps is never done.
+        self._stream = torch.cuda.Stream(steering.device) if steering.device.type == "cuda" else None
         self.thread = threading.Thread(target=self._run, name=f"steer-load-{digest[:12]}", daemon=True)
         self.thread.start()
 
@@ -51,7 +53,8 @@ class Load:
         steering.memory.reserve(self, self.compilation.nbytes, self.folder)
         if self.abandoned:  # before it could have released this
             steering.memory.release(self)
-        self.compilation.project(plain=True)
+        with torch.cuda.stream(self._stream):
+            self.compilation.project(plain=True)
         self.parts = self.compilation.pack_alone()
         for part in self.parts:
             part.summary()  # looks at every entry, which the commit need not do while steps wait

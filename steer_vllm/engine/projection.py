@@ -61,14 +61,13 @@ class OutputProjection:
             )
         rank = self.base.tp_rank if self.base.tp_size > 1 else 0
         mine = heads[rank * width : (rank + 1) * width]
-        weight: Any = getattr(self.base, "weight", None)
+        used = mine.nonzero().flatten()  # a tenth of the heads is common: no other column need be read
         if self.plain:
-            (used,) = mine.nonzero(as_tuple=True)
-            columns = weight[:, used.to(weight.device)].float()
-            return functional.linear(mine[used].to(weight.device).float(), columns)
+            weight: torch.Tensor = self.base.weight
+            z = mine[used].to(weight.device, torch.float32)
+            return functional.linear(z, weight[:, used.to(weight.device)].float())
         device = next(self.base.parameters()).device
-        z = mine.to(device, torch.float32)
-        (used,) = z.nonzero(as_tuple=True)
+        z, used = mine.to(device, torch.float32), used.to(device)
         whole = torch.zeros(self.base.output_size, device=device)
         for some in used.split(_AT_ONCE):
             single = torch.zeros(len(some), width, device=device, dtype=self.base.params_dtype)
