@@ -69,6 +69,18 @@ class Packed:
             low_rank=part and LowRank(part.A.pin_memory(), part.B.pin_memory(), part.c.pin_memory()),
         )
 
+    def to(self, device: torch.device | str) -> Packed:
+        """There. The host does not wait for it where this is `pinned`."""
+        part = self.low_rank
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Packed(
+            offset=None if self.offset is None else moved(self.offset),
+            low_rank=part and LowRank(moved(part.A), moved(part.B), moved(part.c)),
+        )
+
     def _tensors(self) -> list[torch.Tensor]:
         parts = [] if self.offset is None else [self.offset]
         return parts if self.low_rank is None else [*parts, self.low_rank.A, self.low_rank.B, self.low_rank.c]

@@ -31,6 +31,7 @@ class SlotTables:
 
     def __init__(self, layout: Layout, config: SteerConfig, dtype: torch.dtype, device: torch.device | str) -> None:
         self.layout = layout
+        self.device = device
         hidden, rank = layout.hidden_size, config.max_rank
         sizes = (config.low_rank_table_rows, len(layout.low_rank), rank)
         self.additive = torch.zeros(
@@ -62,11 +63,11 @@ class SlotTables:
         """Bring the plan's rows up to date. A row keeps its content between requests, so most calls copy nothing."""
         for fill in plan.additive:
             if self._additive_held.get(fill.row) != fill.content:
-                self.write_additive(fill.row, gather(fill, store))
+                self.write_additive(fill.row, gather(fill, store, self.device))
                 self._additive_held[fill.row] = fill.content
         for fill in plan.low_rank:
             if self._low_rank_held.get(fill.row) != fill.content:
-                self.write_low_rank(fill.row, gather(fill, store))
+                self.write_low_rank(fill.row, gather(fill, store, self.device))
                 self._low_rank_held[fill.row] = fill.content
 
     def refill(self, digests: Container[str], store: Store) -> None:
@@ -74,7 +75,7 @@ class SlotTables:
         for held, write in ((self._additive_held, self.write_additive), (self._low_rank_held, self.write_low_rank)):
             for row, content in held.items():
                 if any(term.digest in digests for term in content):
-                    write(row, gather(Fill(row, content), store))
+                    write(row, gather(Fill(row, content), store, self.device))
 
     def forget(self, digest: str) -> None:
         """Its content is freed. Loaded again it may be other values, of other weights: no row counts as holding it."""
@@ -105,12 +106,12 @@ class SlotTables:
             into[:, rank:].zero_()
 
 
-def gather(fill: Fill, store: Store) -> Packed:
-    """The packed content of a row: the part itself when it stands alone, else the composition."""
+def gather(fill: Fill, store: Store, device: torch.device | str = "cpu") -> Packed:
+    """The packed content of a row: the part itself when it stands alone, else the composition, made on the device."""
     terms = fill.content
     if len(terms) == 1 and terms[0].scale == 1.0:
         return store[terms[0].digest, terms[0].part]
-    return compose((store[term.digest, term.part], term.scale) for term in terms)
+    return compose((store[term.digest, term.part].to(device), term.scale) for term in terms)
 
 
 def staged(values: torch.Tensor, device: torch.device) -> torch.Tensor:
