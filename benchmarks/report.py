@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import curves
+import loading
+import prefix
 import step
 
 from steer_vllm.bench import record, tables, targets
@@ -21,6 +23,8 @@ HERE = Path(__file__).resolve().parent
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "decode": tables.markdown,  # `steer-vllm bench`, format 1
     "offline": tables.markdown,
+    "loading": loading.markdown,
+    "prefix": prefix.markdown,
     "step": step.markdown,
 }
 """By the key `benchmark` of a result: its section in Markdown, without the heading."""

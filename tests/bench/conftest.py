@@ -21,6 +21,7 @@ def script(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Modul
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look for it
         spec.loader.exec_module(module)
         return module
 

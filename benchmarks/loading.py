@@ -1,0 +1,211 @@
+"""What loading costs: disk to servable, the pause of those who decode meanwhile, a row, and thousands of artifacts.
+
+Usage: python benchmarks/loading.py [--shape 8b --dtype bfloat16] [--quick] [--output FILE]
+
+One engine in a process of its own, asked as a server asks it (registry and front are the server's), without HTTP.
+Loads and calm windows of the same length take turns while a batch decodes. A pause is the longest gap between two
+tokens of any stream in the window, less the median gap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import model, resident
+from harness.batch import decoding, pauses, prompt
+
+from steer_vllm.bench import record
+from steer_vllm.bench.artifacts import KINDS, make
+from steer_vllm.bench.spread import Spread
+from steer_vllm.config import SteerConfig
+from steer_vllm.fingerprint import Fingerprint
+
+FORMAT = 1
+CONTEXT = 1024
+TARGETS = {"load while others decode, ms": 50.0, "pause while loading, ms": 5.0}
+"""At the shape 8b on a GPU, medians."""
+SLOWER = 0.01
+"""By how much thousands of artifacts may slow a request down."""
+
+
+async def loads(live: Any, names: list[str], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Loads with nothing else to do, loads while a batch decodes, and the gaps of those who decode."""
+    half = len(names) // 2
+    idle = [await live.load(name) for name in names[:half]]
+    busy: list[float] = []
+    loading: list[tuple[float, float]] = []
+    calm: list[tuple[float, float]] = []
+    async with decoding(live, options.requests, CONTEXT // 2) as batch:
+        for name in names[half:]:
+            began = time.perf_counter()
+            busy.append(await live.load(name))
+            loading.append((began, time.perf_counter()))
+            await asyncio.sleep(0.2)
+            calm.append((time.perf_counter(), time.perf_counter() + busy[-1]))
+            await asyncio.sleep(busy[-1] + 0.2)
+    return {
+        "load, engine idle, ms": [1000 * seconds for seconds in idle],
+        "load while others decode, ms": [1000 * seconds for seconds in busy],
+        "pause while loading, ms": pauses(batch.gaps, loading),
+        "pause in calm windows of that length, ms": pauses(batch.gaps, calm),
+        "gap between tokens, ms": [1000 * seconds for _, seconds in batch.gaps[:: 1 + len(batch.gaps) // 1000]],
+    }
+
+
+async def requests_per_second(live: Any, name: str, streams: int) -> float:
+    """Short requests: what each costs beside the model weighs most."""
+
+    async def ask(number: int) -> None:
+        async for _ in live.stream(prompt(number), 4, name):
+            pass
+
+    began = time.perf_counter()
+    for _ in range(4):
+        await asyncio.gather(*map(ask, range(streams)))
+    return 4 * streams / (time.perf_counter() - began)
+
+
+async def front(live: Any, name: str, repeats: int) -> list[float]:
+    """Microseconds that the front takes for a request with an intervention, from its body to its end."""
+    samples = []
+    for _ in range(repeats):
+        began = time.perf_counter_ns()
+        lease = await live.front.admit({"model": "base", "interventions": [{"name": name}]}, "/v1/completions")
+        lease.end(answered=True)
+        samples.append((time.perf_counter_ns() - began) / 1000)
+    return samples
+
+
+async def thousands(live: Any, few: list[str], more: list[str], options: argparse.Namespace) -> dict[str, list[float]]:
+    """The same requests with few artifacts loaded, with many, and with few again: both halves of few count."""
+
+    async def ask() -> tuple[list[float], list[float]]:
+        await requests_per_second(live, few[0], options.requests)
+        rates = [await requests_per_second(live, few[0], options.requests) for _ in range(options.rounds)]
+        return rates, await front(live, few[0], 100 * options.rounds)
+
+    before = await ask()
+    loads = [1000 * await live.load(name) for name in more]
+    many = await ask()
+    for name in more:
+        await live.unload(name)
+    while len((await live.facts())["admission"]["loaded"]) > len(few):
+        await asyncio.sleep(0.5)
+    after = await ask()
+    all_of_them = len(few) + len(more)
+    return {
+        f"requests per second, {len(few)} loaded": before[0] + after[0],
+        f"requests per second, {all_of_them} loaded": many[0],
+        f"front, {len(few)} loaded, us": before[1] + after[1],
+        f"front, {all_of_them} loaded, us": many[1],
+        f"admission, {len(few)} loaded, us": resident.admission(len(few), 200 * options.rounds),
+        f"admission, {all_of_them} loaded, us": resident.admission(all_of_them, 200 * options.rounds),
+        f"load, the last of {all_of_them}, ms": loads[-20:],
+    }
+
+
+async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """samples: by name, each a list of numbers; memory: what the engine says of itself."""
+    from harness.live import Live
+
+    base = Fingerprint.of(folder / "model", weights=False)
+    store = folder / "store"
+    names = [make(options.kind, number, base, 0, store).name for number in range(2 * options.loads)]
+    more = [make("direction", number, base, 1, store).name for number in range(options.many)]
+    config = SteerConfig(additive_rows=256, low_rank_rows=8, max_rank=8, memory_gib=options.memory_gib)
+    live = await Live.start(
+        config,
+        store,
+        model=str(folder / "model"),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype=options.dtype,
+        enforce_eager=options.eager,
+        max_model_len=CONTEXT,
+        max_num_seqs=options.requests,
+        enable_prefix_caching=False,
+        gpu_memory_utilization=model.memory(options),
+    )
+    try:
+        await live.load(names[0])  # what is imported at the first load is not counted
+        samples = await loads(live, names[1:], options)
+        (rank, *_) = (await live.facts())["ranks"]
+        if options.many:
+            samples |= await thousands(live, names, more, options)
+    finally:
+        await live.close()
+    rows = resident.rows(base, getattr(torch, options.dtype), 20 * options.rounds)
+    for row in rows:
+        samples[f"fill a row ({row['kind']}), until the host goes on, us"] = row.pop("handed_over_us")
+        samples[f"fill a row ({row['kind']}), until the device has it, us"] = row.pop("copied_us")
+    memory = {"tables": rank["table_bytes"], "loaded": rank["memory_bytes"], "artifacts": len(names), "rows": rows}
+    return {"samples": samples, "memory": memory}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Its section of RESULTS.md."""
+    load, memory, samples = result["workload"], result["memory"], result["samples"]
+    shape = f"{load['shape']} with {load['model']['num_hidden_layers']} layers"
+    lines = [
+        f"{load['kind']} artifacts on a random-weight Llama ({shape}, {load['dtype']}), {load['requests']} streams "
+        "decoding where it says so. A pause is the longest gap between two tokens of any stream while an artifact is "
+        "loaded, less the median gap; calm windows say what it is without. Targets, at the shape 8b on a GPU: "
+        + ", ".join(f"{name} {most:g}" for name, most in TARGETS.items())
+        + f"; with 10,000 loaded a request at most {SLOWER:.0%} slower than with few. {record.origin(result)}",
+        "",
+        record.how(result),
+        "",
+        "| | median | quartiles | largest |",
+        "|---|---|---|---|",
+    ]
+    for name, values in samples.items():
+        spread = Spread.of(values)
+        lines.append(f"| {name} | {spread.median:.3g} | {spread.q1:.3g} to {spread.q3:.3g} | {max(values):.3g} |")
+    lines += [
+        "",
+        f"Memory: tables of {memory['tables'] / 1e6:.1f} MB on the device; on the host {memory['loaded'] / 1e6:.2f} MB "
+        f"for {memory['artifacts']} artifacts. "
+        + "; ".join(
+            f"a {row['kind']} on every layer takes {row['artifact_bytes'] / 1e3:.0f} kB on the host and a row of "
+            f"{row['row_bytes'] / 1e3:.0f} kB"
+            for row in memory["rows"]
+        )
+        + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model.add_options(parser, "100m")
+    parser.add_argument("--kind", choices=list(KINDS), default="lofit", help="of the artifacts (default: lofit)")
+    parser.add_argument("--loads", type=int, default=20, help="with the engine idle, and as many while it decodes")
+    parser.add_argument("--requests", type=int, default=16, help="streams that decode (default: 16)")
+    parser.add_argument("--many", type=int, default=10_000, help="artifacts beside the few; 0: leave it out")
+    parser.add_argument("--rounds", type=int, default=10, help="repeats of what is timed with many (default: 10)")
+    parser.add_argument("--memory-gib", type=float, default=SteerConfig.memory_gib, help="for what is loaded")
+    parser.add_argument("--quick", action="store_true", help="few loads, 200 artifacts, 3 rounds")
+    parser.add_argument("--output", type=Path, default=Path("loading.json"), help="JSON file (default: loading.json)")
+    options = parser.parse_args()
+    if options.quick:
+        options.loads, options.many, options.rounds = min(options.loads, 5), min(options.many, 200), 3
+    os.environ.update({**model.environment(), "VLLM_PLUGINS": "steer_vllm"})
+    with tempfile.TemporaryDirectory(prefix="steer-vllm-bench-") as folder:
+        model.write_model(Path(folder) / "model", options, CONTEXT)
+        outcome = asyncio.run(measure(options, Path(folder).resolve()))
+    result = record.begin("loading", FORMAT, model.workload(options), model.device()) | outcome
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
