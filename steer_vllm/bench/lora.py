@@ -1,6 +1,7 @@
 """A random LoRA adapter in PEFT's format, for vLLM's own LoRA beside which the edits are measured.
 
-Adapters of a batch are one folder under several names: vLLM keeps a copy of each, and speed does not depend on values.
+It is strong, for the model's own random weights are small and the answers shall differ. The adapters of a batch are one
+folder under several names: vLLM keeps a copy of each, and speed does not depend on values.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def make_adapter(shape: LlamaShape, dtype: str, seed: int, folder: Path) -> Path
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": RANK,
-        "lora_alpha": 2 * RANK,
+        "lora_alpha": 100 * RANK,
         "bias": "none",
         "target_modules": sorted(name.split(".")[1] for name in projections(shape)),
     }
