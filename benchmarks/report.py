@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import curves
+import kernels
 import loading
 import prefix
 import step
@@ -21,6 +22,7 @@ from steer_vllm.errors import BenchmarkInvalid
 HERE = Path(__file__).resolve().parent
 
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "kernels": kernels.markdown,
     "decode": tables.markdown,  # `steer-vllm bench`, format 1
     "offline": tables.markdown,
     "loading": loading.markdown,

@@ -96,16 +96,15 @@ class Fleet:
         folder = self._folder / "artifacts"
         return {f"{kind}-{n}": str(make(kind, n, base, self._workload.seed, folder)) for kind, n in wanted}
 
-    def run(self, case: Case, output_tokens: int) -> dict[str, Any]:
-        """What the probe of the case's engine answers."""
+    def ask(self, case: Case, call: str, **more: Any) -> dict[str, Any]:
+        """What the probe of the case's engine answers to one of its calls for this batch."""
         numbers = case.adapters()
         return self.engines[case.mode.engine].ask(
-            call="run",
+            call=call,
             prompts=self._workload.prompts(case.load),
-            tokens=output_tokens,
             interventions=case.interventions(),
             adapters=None if numbers is None else [[number, str(self._adapter)] for number in numbers],
-            repeats=case.load.repeats,
+            **more,
         )
 
 

@@ -102,7 +102,7 @@ def _rehearse(
     same = {}
     for case in sorted(cases, key=lambda one: one.mode.name != PLAIN):
         say(f"rehearsing {case.mode.name}, {case.load.name}")
-        tokens = fleet.run(case, min(_REHEARSED, case.load.output_tokens))["tokens"]
+        tokens = fleet.ask(case, "run", tokens=min(_REHEARSED, case.load.output_tokens))["tokens"]
         alike = sum(a == b for a, b in zip(tokens, plain.setdefault(case.load.name, tokens), strict=True))
         same[case.key] = share = alike / case.load.requests
         where = f"{case.mode.name}, {case.load.name}"
@@ -122,7 +122,7 @@ def _round(
         others = [engine for name, engine in fleet.engines.items() if name != case.mode.engine]
         rest(others)
         before, began = sum(engine.cpu_seconds() for engine in others), time.monotonic()
-        answer = fleet.run(case, case.load.output_tokens)
+        answer = fleet.ask(case, "run", tokens=case.load.output_tokens, repeats=case.load.repeats)
         took = time.monotonic() - began
         used = (sum(engine.cpu_seconds() for engine in others) - before) / took
         yield _sample(number, turn, case, answer, used)

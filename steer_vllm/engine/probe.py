@@ -43,37 +43,71 @@ class Probe:
             self._llm.load_intervention(name, folder)
         return {}
 
-    def run(
+    def run(self, prompts: list[list[int]], tokens: int, repeats: int = 1, **asked: Any) -> dict[str, Any]:
+        """Generate exactly `tokens` for each prompt, greedily, `repeats` times with nothing in the prefix cache.
+
+        asked: as `_generate` takes it. runs: for each repeat, `decode`, when each step ended in which every request
+        decoded, after the one that brought the last first token, and `first_tokens`, seconds until then. tokens: what
+        was generated last, per prompt.
+        """
+        runs = []
+        for _ in range(repeats):
+            began = time.monotonic()
+            generated = self._generate(prompts, tokens, **asked)
+            decode = _decoding(self._steps, len(prompts))
+            runs.append({"decode": decode, "first_tokens": decode[0] - began})
+        return {"runs": runs, "tokens": generated}
+
+    def profile(self, prompts: list[list[int]], steps: int, **asked: Any) -> dict[str, Any]:
+        """What a decode step launches: kernels and copies on a GPU, operators on a CPU, by PyTorch's profiler.
+
+        Two runs are profiled, one of `steps` decode steps more than the other; what it has more are its last launches.
+        Needs the engine in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0). launches: by name, how many and their
+        microseconds, both per step.
+        """
+        self._generate(prompts, 2 + steps, **asked)
+        short, long = (self._profiled(prompts, 2 + more, **asked) for more in (0, steps))
+        launches = {name: took[len(short.get(name, ())) :] for name, took in long.items()}
+        return {"launches": {name: [len(took) / steps, sum(took) / steps] for name, took in launches.items() if took}}
+
+    def _profiled(self, prompts: list[list[int]], tokens: int, **asked: Any) -> dict[str, list[float]]:
+        """Microseconds of every launch, by name, in the order of their beginning."""
+        import torch
+        from torch.profiler import ProfilerActivity
+
+        cuda = torch.cuda.is_available()
+        with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiled:
+            self._generate(prompts, tokens, **asked)
+            if cuda:
+                torch.cuda.synchronize()
+        found: dict[str, list[float]] = {}
+        for event in sorted(profiled.events(), key=lambda one: one.time_range.start):
+            if event.device_type.name == ("CUDA" if cuda else "CPU") and not event.is_user_annotation:
+                took = event.time_range.elapsed_us() if cuda else event.self_cpu_time_total
+                found.setdefault(event.name, []).append(took)
+        return found
+
+    def _generate(
         self,
         prompts: list[list[int]],
         tokens: int,
         interventions: list[Any] | None = None,
         adapters: list[tuple[int, str]] | None = None,
-        repeats: int = 1,
-    ) -> dict[str, Any]:
-        """Generate exactly `tokens` for each prompt, greedily, `repeats` times with nothing in the prefix cache.
-
-        adapters: number and folder of each request's LoRA. runs: for each repeat, `decode`, when each step ended in
-        which every request decoded, after the one that brought the last first token, and `first_tokens`, seconds until
-        then. tokens: what was generated last, per prompt.
-        """
+    ) -> list[list[int]]:
+        """What is generated, per prompt. adapters: number and folder of each request's LoRA."""
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
         more: dict[str, Any] = {} if interventions is None else {"interventions": interventions}
         if adapters is not None:
             more["lora_request"] = [LoRARequest(f"adapter-{n}", n + 1, folder) for n, folder in adapters]
+        if self._caches and not self._llm.reset_prefix_cache():
+            raise RuntimeError("the prefix cache could not be emptied")
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        runs = []
-        for _ in range(repeats):
-            if self._caches and not self._llm.reset_prefix_cache():
-                raise RuntimeError("the prefix cache could not be emptied")
-            self._steps.clear()
-            began = time.monotonic()
-            outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False, **more)
-            decode = _decoding(self._steps, len(prompts))
-            runs.append({"decode": decode, "first_tokens": decode[0] - began})
-        return {"runs": runs, "tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+        self._steps.clear()
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        outputs = self._llm.generate(asked, params, use_tqdm=False, **more)
+        return [list(output.outputs[0].token_ids) for output in outputs]
 
     def _noting(self, get_output: Callable[[], Any]) -> Callable[[], Any]:
         def noted() -> Any:
