@@ -15,6 +15,7 @@ import loading
 import prefix
 import step
 
+import training
 from steer_vllm.bench import record, tables, targets
 from steer_vllm.bench.result import upgraded
 from steer_vllm.errors import BenchmarkInvalid
@@ -28,6 +29,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "loading": loading.markdown,
     "prefix": prefix.markdown,
     "step": step.markdown,
+    "training": training.markdown,
 }
 """By the key `benchmark` of a result: its section in Markdown, without the heading."""
 

@@ -14,7 +14,7 @@ import pytest
 @pytest.fixture
 def script(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     folder = root / "benchmarks"
-    monkeypatch.setattr(sys, "path", [*sys.path, str(folder)])
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
 
     def load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
