@@ -13,6 +13,7 @@ import curves
 import kernels
 import loading
 import prefix
+import serving
 import step
 
 import training
@@ -28,6 +29,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "offline": tables.markdown,
     "loading": loading.markdown,
     "prefix": prefix.markdown,
+    "serving": serving.markdown,
     "step": step.markdown,
     "training": training.markdown,
 }

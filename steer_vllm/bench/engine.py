@@ -8,14 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import BenchmarkInvalid
-
-_TICK = 1 / os.sysconf("SC_CLK_TCK")
+from .rest import cpu_seconds
 
 
 class Engine:
@@ -59,15 +56,7 @@ class Engine:
 
     def cpu_seconds(self) -> float:
         """CPU time that the processes of the group have used."""
-        ticks = 0
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = stat.read_text().rsplit(")", 1)[1].split()
-            except (FileNotFoundError, ProcessLookupError):  # it ended while we looked
-                continue
-            if int(fields[2]) == self._process.pid:
-                ticks += int(fields[11]) + int(fields[12])
-        return ticks * _TICK
+        return cpu_seconds(self._process.pid)
 
     def close(self) -> None:
         """End the process group."""
@@ -81,20 +70,3 @@ class Engine:
                 os.killpg(self._process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 return
-
-
-def rest(engines: Sequence[Engine], within: float = 10.0) -> None:
-    """Wait until they use no CPU: vLLM's workers poll for about a second after their last step.
-
-    Errors: `BenchmarkInvalid` naming those that do not come to rest.
-    """
-    deadline = time.monotonic() + within
-    busy = list(engines)
-    while busy and time.monotonic() < deadline:
-        before = [engine.cpu_seconds() for engine in busy]
-        time.sleep(0.15)
-        used = [engine.cpu_seconds() - was for engine, was in zip(busy, before, strict=True)]
-        busy = [engine for engine, more in zip(busy, used, strict=True) if more > 1.5 * _TICK]
-    if busy:
-        names = ", ".join(engine.name for engine in busy)
-        raise BenchmarkInvalid(f"{names}: still uses CPU {within:.0f} s after its last step")

@@ -17,9 +17,9 @@ from statistics import median
 from typing import Any
 
 from ..errors import BenchmarkInvalid
-from .engine import rest
 from .fleet import Fleet
 from .modes import EAGER, PLAIN, Case
+from .rest import rest
 from .workload import Workload
 
 _REHEARSED = 16

@@ -1,0 +1,95 @@
+"""vLLM's own benchmark client (`vllm bench serve`) in a process of its own, which is asked run after run.
+
+`python client.py FD`: one end of a socket, on which arguments (a list) and results are lines of JSON. Its function is
+called and not the command: the console command of vLLM's CPU build cannot start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+METRICS = ("ttft", "tpot", "itl", "e2el")
+_ENDED = '{"error": "the client ended"}'
+
+
+class Client:
+    """The process. What the client prints goes to `log`."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        ours, theirs = socket.socketpair()
+        with theirs, log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._lines = ours.makefile("rw")
+        ours.close()
+
+    def run(
+        self, url: str, model: Path, served: str, names: Sequence[str], arguments: Sequence[str], requests: int
+    ) -> dict[str, Any]:
+        """One run. model: folder with the tokenizer. names: the models that requests ask for, in turn.
+
+        Errors: `BenchmarkInvalid` when the client fails or a request is not answered.
+        """
+        from steer_vllm.errors import BenchmarkInvalid
+
+        given = [
+            *("--backend=openai", f"--base-url={url}", "--endpoint=/v1/completions", "--disable-tqdm"),
+            *(f"--model={model}", f"--served-model-name={served}", "--dataset-name=random", "--ignore-eos"),
+            *(f"--num-prompts={requests}", "--temperature=0", "--ready-check-timeout-sec=0"),
+            *(f"--percentile-metrics={','.join(METRICS)}", "--metric-percentiles=50,99"),
+            *arguments,
+            *(("--lora-assignment=round-robin", "--lora-modules", *names) if names else ()),
+        ]
+        self._lines.write(json.dumps(given) + "\n")
+        self._lines.flush()
+        answer: dict[str, Any] = json.loads(self._lines.readline() or _ENDED)
+        if "error" in answer or answer["completed"] != requests:
+            last = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
+            what = answer.get("error") or f"{answer['completed']} of {requests} requests were answered"
+            raise BenchmarkInvalid(f"{what}; the end of the client's log:\n{last}")
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._lines.close()
+        self._process.wait(timeout=20)
+
+
+def main() -> None:
+    """Answer until the other end closes. Only the summaries of a result are sent, no list."""
+    from vllm.benchmarks.serve import add_cli_args
+    from vllm.benchmarks.serve import main as bench
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser: argparse.ArgumentParser = FlexibleArgumentParser()
+    add_cli_args(parser)  # type: ignore[arg-type]
+    with socket.socket(fileno=int(sys.argv[1])) as end, end.makefile("rw") as lines:
+        end.set_inheritable(False)
+        for line in lines:
+            try:
+                result = bench(parser.parse_args(json.loads(line)))
+                answer = {name: value for name, value in result.items() if isinstance(value, (int, float))}
+            except (Exception, SystemExit) as error:
+                traceback.print_exc()
+                answer = {"error": f"{type(error).__name__}: {error}"}
+            lines.write(json.dumps(answer) + "\n")
+            lines.flush()
+
+
+if __name__ == "__main__":
+    main()

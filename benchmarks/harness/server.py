@@ -1,0 +1,104 @@
+"""vLLM's OpenAI server in a process group of its own: vLLM's, without the plugin, or that of `steer-vllm serve`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from urllib.error import URLError
+
+from steer_vllm.bench.rest import cpu_seconds
+from steer_vllm.errors import BenchmarkInvalid
+
+SERVED = "base"
+_STARTS_WITHIN, _STOPS_WITHIN = 900, 30  # seconds
+
+
+class Server:
+    """`wait` for it before it is used, `close` it at the end. What it prints goes to `log`."""
+
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], port: int, log: Path) -> None:
+        self.name = name
+        self.url = f"http://127.0.0.1:{port}"
+        self._log = log
+        others = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, *command],
+                env={**others, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        """Until it answers. Errors: `BenchmarkInvalid` with the end of its log."""
+        deadline = time.monotonic() + _STARTS_WITHIN
+        while self._process.poll() is None and time.monotonic() < deadline:
+            if self._is_up():
+                return
+            time.sleep(0.3)
+        last = "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
+        raise BenchmarkInvalid(f"server {self.name} did not start; the end of its log:\n{last}")
+
+    def _is_up(self) -> bool:
+        try:
+            urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+        except (URLError, OSError):
+            return False
+        return True
+
+    def applied(self, name: str) -> str | None:
+        """What edits an answer to a request for that model, as the server says."""
+        body = json.dumps({"model": name, "prompt": "what", "max_tokens": 1}).encode()
+        asked = urllib.request.Request(f"{self.url}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            found: str | None = answer.headers.get("x-steer-applied")
+        return found
+
+    def cpu_seconds(self) -> float:
+        """CPU time that the processes of the group have used."""
+        return cpu_seconds(self._process.pid)
+
+    def close(self) -> None:
+        """End the process group."""
+        try:
+            os.killpg(self._process.pid, signal.SIGINT)
+            self._process.wait(_STOPS_WITHIN)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def plain(name: str, model: Path, flags: Sequence[str], environment: Mapping[str, str], log: Path) -> Server:
+    """vLLM's own server; the plugin is kept out of all its processes."""
+    port = _free_port()
+    command = ["-m", "vllm.entrypoints.openai.api_server", f"--model={model}", f"--port={port}", *flags]
+    return Server(name, command, {**environment, "VLLM_PLUGINS": ""}, port, log)
+
+
+def steered(
+    model: Path, limits: Sequence[str], store: Path, flags: Sequence[str], environment: Mapping[str, str], log: Path
+) -> Server:
+    """`steer-vllm serve`, with every artifact of the store. limits: flags of ours."""
+    port = _free_port()
+    command = ["-m", "steer_vllm.cli", "serve", str(model), f"--port={port}", *limits]
+    command += [f"--artifact={folder.name}={folder}" for folder in sorted(store.iterdir())]
+    return Server("steered", [*command, "--", *flags], environment, port, log)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,82 @@
+"""The servers that the modes of a run need, over one model: plain, eager, with the plugin, with LoRA adapters."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from harness import model, server
+from harness.turns import Mode
+from steer_vllm.bench.artifacts import RANK, make
+from steer_vllm.bench.lora import make_adapter
+from steer_vllm.errors import BenchmarkInvalid
+from steer_vllm.fingerprint import Fingerprint
+
+
+def start(
+    options: argparse.Namespace, modes: Sequence[Mode], context: int, streams: int, folder: Path, stack: ExitStack
+) -> dict[str, server.Server]:
+    """By name. `stack` ends them; one starts after the other, since each looks at what memory is free.
+
+    context: the longest request, in tokens. streams: the most requests at once. folder: has the model, gets the rest.
+    """
+    path = folder / "model"
+    names = list(dict.fromkeys(mode.server for mode in modes))
+    usual = [
+        *("--load-format=dummy", f"--dtype={options.dtype}", f"--served-model-name={server.SERVED}"),
+        *(f"--max-model-len={context}", f"--max-num-seqs={streams}"),
+        f"--gpu-memory-utilization={model.memory(options, len(names))}",
+        "--enable-prefix-caching" if options.prefix_cache else "--no-enable-prefix-caching",
+        "--disable-uvicorn-access-log",
+        *(["--enforce-eager"] if options.eager else []),
+    ]
+    found: dict[str, server.Server] = {}
+    for name in names:
+        print(f"starting the {name} server", flush=True)
+        log, environment = folder / f"{name}.log", model.environment()
+        count = max(1, *(len(mode.models) for mode in modes if mode.server == name))
+        if name == "steered":
+            limits = artifacts(options.kind, count, folder)
+            one = server.steered(path, limits, folder / "store", usual, environment, log)
+        else:
+            more = {"eager": ["--enforce-eager"], "lora": adapters(options, count, folder) if name == "lora" else []}
+            one = server.plain(name, path, [*usual, *more.get(name, [])], environment, log)
+        stack.callback(one.close)
+        one.wait()
+        found[name] = one
+    for mode in modes:
+        check(mode, found[mode.server])
+    return found
+
+
+def check(mode: Mode, one: server.Server) -> None:
+    """Errors: `BenchmarkInvalid` when the server does something else than the mode says."""
+    for name in (*mode.models, server.SERVED):
+        applied = one.applied(name) or ""
+        _, _, artifact = name.partition(":")
+        if applied.partition("@")[0] != artifact:
+            raise BenchmarkInvalid(
+                f"{mode.name}: a request for {name} was answered with {applied or 'no intervention'}"
+            )
+
+
+def artifacts(kind: str, count: int, folder: Path) -> list[str]:
+    """Make them below folder/store; the limits with which all of them can be used at once."""
+    base = Fingerprint.of(folder / "model", weights=False)
+    for number in range(count):
+        make(kind, number, base, 0, folder / "store")
+    low_rank = count if kind == "loreft" else 0
+    return [
+        f"--additive-rows={max(count, 16)}",
+        f"--low-rank-rows={low_rank and max(low_rank, 16)}",
+        f"--max-rank={RANK}",
+    ]
+
+
+def adapters(options: argparse.Namespace, count: int, folder: Path) -> list[str]:
+    """One random adapter under as many names: vLLM keeps a copy of each. The flags with which all fit at once."""
+    made = make_adapter(model.chosen(options), options.dtype, 0, folder / "adapter")
+    room = ["--enable-lora", f"--max-loras={count}", f"--max-cpu-loras={count}", f"--max-lora-rank={RANK}"]
+    return [*room, "--lora-modules", *(f"lora-{number}={made}" for number in range(count))]
