@@ -1,6 +1,6 @@
 """What a decode step launches with and without interventions: kernels on a GPU, operators on a CPU.
 
-Usage: python benchmarks/kernels.py [--shape 8b --dtype bfloat16 --batch 32] [--output FILE]
+Usage: python benchmarks/kernels.py [--shape 8b --layers 4 --dtype bfloat16 --batch 32] [--output FILE]
 
 Engines run in their probes' processes under PyTorch's profiler, one after the other. The times are those under the
 profiler; `steer-vllm bench` has those that count.
@@ -13,7 +13,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="100m", help="of the random-weight Llama (default: 100m)")
+    parser.add_argument("--layers", type=int, help="another number of layers than the shape has")
     parser.add_argument("--dtype", default="float32", help="of the model (default: float32)")
     parser.add_argument("--batch", type=int, default=16, help="requests that decode together (default: 16)")
     parser.add_argument("--prompt-tokens", type=int, default=32, help="of each request (default: 32)")
@@ -96,7 +97,9 @@ def main() -> None:
     options = parser.parse_args()
 
     load = Load(options.batch, options.prompt_tokens, 2 + options.steps)
-    workload = Workload(SHAPES[options.shape], (load,), options.dtype, compiled=not options.eager)
+    shape = SHAPES[options.shape]
+    shape = replace(shape, num_hidden_layers=options.layers or shape.num_hidden_layers)
+    workload = Workload(shape, (load,), options.dtype, compiled=not options.eager)
     chosen = cases(choose(options.modes, quick=True), workload.loads, None)
     with tempfile.TemporaryDirectory(prefix="steer-vllm-kernels-") as folder, ExitStack() as stack:
         here = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

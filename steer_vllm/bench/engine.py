@@ -8,8 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import Self
 
 from ..errors import BenchmarkInvalid
 from .rest import cpu_seconds
@@ -36,18 +39,29 @@ class Engine:
         ours.close()
 
     def send(self, **request: Any) -> None:
-        """Ask without waiting."""
-        self._lines.write(json.dumps(request) + "\n")
-        self._lines.flush()
+        """Ask without waiting. Errors: see `receive`."""
+        try:
+            self._lines.write(json.dumps(request) + "\n")
+            self._lines.flush()
+        except ConnectionError:
+            raise self._failed("the process ended") from None
 
     def receive(self) -> dict[str, Any]:
         """The answer to the oldest question. Errors: `BenchmarkInvalid` with what the engine says, and its log."""
-        line = self._lines.readline()
-        answer: dict[str, Any] = json.loads(line) if line else {"error": "the process ended"}
+        try:
+            line = self._lines.readline()
+        except ConnectionError:  # it ended before it read the question
+            line = ""
+        if not line:
+            raise self._failed("the process ended")
+        answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            last = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
-            raise BenchmarkInvalid(f"engine {self.name}: {answer['error']}; the end of its log:\n{last}")
+            raise self._failed(answer["error"])
         return answer
+
+    def _failed(self, what: str) -> BenchmarkInvalid:
+        last = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
+        return BenchmarkInvalid(f"engine {self.name}: {what}; the end of its log:\n{last}")
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """`send` and `receive`."""
@@ -58,15 +72,19 @@ class Engine:
         """CPU time that the processes of the group have used."""
         return cpu_seconds(self._process.pid)
 
-    def close(self) -> None:
-        """End the process group."""
-        self._lines.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End the process group; where something went wrong, at once."""
+        with suppress(ConnectionError):  # what it was not sent any more
+            self._lines.close()
         try:
-            self._process.wait(timeout=20)
+            if kind is None:
+                self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:
             pass
         finally:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                return
+            self._process.wait()

@@ -58,7 +58,7 @@ class Fleet:
             if name == CONTROL:
                 self._await()
             self._start(name, more or {})
-            stack.callback(self.engines[name].close)
+            stack.enter_context(self.engines[name])
         made = self._make()
         self._await()
         if made:

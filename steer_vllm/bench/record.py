@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def begin(benchmark: str, version: int, workload: Mapping[str, Any], device: str
         "benchmark": benchmark,
         "format_version": version,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command(sys.argv),
+        "command": command(sys.argv, getattr(sys.modules["__main__"], "__spec__", None)),
         "commit": machine.commit(),
         "hardware": {**machine.hardware(), "device": device},
         "versions": machine.versions(),
@@ -34,13 +35,19 @@ def begin(benchmark: str, version: int, workload: Mapping[str, Any], device: str
     }
 
 
-def command(arguments: list[str]) -> str:
-    """A command line that can be given again: a script by its place in the repository, an installed command by name."""
-    program, root = Path(arguments[0]).absolute(), machine.FOLDER
-    script = (
-        ["python", str(program.relative_to(root))] if program.is_relative_to(root / "benchmarks") else [program.name]
-    )
-    return shlex.join([*script, *arguments[1:]])
+def command(arguments: list[str], run_as: ModuleSpec | None) -> str:
+    """A command line that can be given again: a module or script by its name here, an installed command by its own.
+
+    run_as: the module that `python -m` runs, which `__main__` knows.
+    """
+    program = Path(arguments[0]).absolute()
+    if run_as is not None:
+        start = ["python", "-m", run_as.name]
+    elif program.is_relative_to(machine.FOLDER / "benchmarks"):
+        start = ["python", str(program.relative_to(machine.FOLDER))]
+    else:
+        start = [program.name]
+    return shlex.join([*start, *arguments[1:]])
 
 
 def read(path: Path) -> dict[str, Any]:

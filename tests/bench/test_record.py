@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
@@ -26,8 +27,10 @@ def test_a_result_begins_with_its_conditions(tmp_path: Path) -> None:
 def test_commands_can_be_given_again(root: Path) -> None:
     assert root == machine.FOLDER
     script = str(root / "benchmarks" / "ops.py")
-    assert record.command([script, "--output", "a b.json"]) == "python benchmarks/ops.py --output 'a b.json'"
-    assert record.command(["/somewhere/bin/steer-vllm", "bench"]) == "steer-vllm bench"
+    assert record.command([script, "--output", "a b.json"], None) == "python benchmarks/ops.py --output 'a b.json'"
+    assert record.command(["/somewhere/bin/steer-vllm", "bench"], None) == "steer-vllm bench"
+    module = ModuleSpec("steer_vllm.cli", None)
+    assert record.command(["/somewhere/cli.py", "bench"], module) == "python -m steer_vllm.cli bench"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"benchmark": "decode"}'])
