@@ -11,8 +11,8 @@
 set -uo pipefail
 
 STAGES=(smoke decode kernels ops lora tests)                 # the most valuable first
-MORE=(step training loading prefix)                          # by name only
-declare -A WEIGHT=([smoke]=6 [decode]=30 [kernels]=8 [ops]=5 [lora]=13 [tests]=8 [step]=5 [training]=6 [loading]=10 [prefix]=10)
+MORE=(step training loading prefix serving)                  # by name only
+declare -A WEIGHT=([smoke]=6 [decode]=30 [kernels]=8 [ops]=5 [lora]=13 [tests]=8 [step]=5 [training]=6 [loading]=10 [prefix]=10 [serving]=30)
 MARGIN=20                                                    # seconds in which an engine ends and results are written
 
 usage() {
@@ -37,9 +37,10 @@ done
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 shift
-[ $# -gt 0 ] && STAGES=("$@")
+chosen=("${STAGES[@]}")
+[ $# -gt 0 ] && chosen=("$@")
 total=0
-for stage in "${STAGES[@]}"; do
+for stage in "${chosen[@]}"; do
     [ -n "${WEIGHT[$stage]:-}" ] || { echo "gpu.sh: unknown stage $stage" >&2; usage 2 >&2; }
     total=$((total + WEIGHT[$stage]))
 done
@@ -78,6 +79,8 @@ if [ -z "$dry" ]; then
     training() { script training --shape 1b --dtype bfloat16 --output "$json"; }
     loading() { script loading --shape 8b --dtype bfloat16 --quick --output "$json"; }
     prefix() { script prefix --shape 8b --dtype bfloat16 --quick --output "$json"; }
+    serving() { script serving --shape 8b --dtype bfloat16 --memory 0.3 --rounds 3 --concurrency 256 --distinct 256 \
+        --modes idle,shared,distinct-256 --output "$json"; }
 else
     small=(--shape tiny --no-compiled --rounds 1 --output-tokens 8 --batch 2)
     smoke() { bench "${small[@]}" --modes idle --output "$json"; }
@@ -90,10 +93,11 @@ else
     training() { script training --shape tiny --batch 1 --tokens 16 --rounds 1 --output "$json"; }
     loading() { script loading --shape tiny --eager --loads 2 --requests 2 --many 0 --rounds 1 --output "$json"; }
     prefix() { script prefix --shape tiny --eager --tenants 2 --system-tokens 256 --rounds 1 --output "$json"; }
+    serving() { script serving --shape tiny --eager --modes idle --concurrency 2 --waves 1 --rounds 1 --output "$json"; }
 fi
 
 failed=0
-for stage in "${STAGES[@]}"; do
+for stage in "${chosen[@]}"; do
     seconds=$((minutes * 60 * WEIGHT[$stage] / total))
     limited=(timeout --signal=INT --kill-after=25 $seconds)
     json=$out/$stage.json
