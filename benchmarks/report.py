@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import curves
+import http_path
 import kernels
 import loading
 import prefix
@@ -27,6 +28,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernels": kernels.markdown,
     "decode": tables.markdown,  # `steer-vllm bench`, format 1
     "offline": tables.markdown,
+    "http": http_path.markdown,
     "loading": loading.markdown,
     "prefix": prefix.markdown,
     "serving": serving.markdown,
