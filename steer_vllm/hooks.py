@@ -169,7 +169,7 @@ class Steering:
             y = reference.additive(y, additive, scales, self._additive[place])
         if place in self._low_rank:
             table = self._low_rank[place]
-            y = y + reference.low_rank(x, low_rank, scales, table.A, table.B, table.c)
+            y = y + reference.low_rank(x, None, low_rank, scales, table.A, table.B, table.c)
         return y.view_as(hidden)
 
 

@@ -67,8 +67,8 @@ def _replace_forward(module: nn.Module, edit: Callable[[nn.Module, Any], Any]) -
     module.forward = forward
 
 
-def _apply(module: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """y plus the edit of x. Both [tokens, hidden], or [1, tokens, hidden] in the transformers backend.
+def _apply(module: Any, x: torch.Tensor, y: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """y plus the edit of x, or of x + residual. All [tokens, hidden], or [1, tokens, hidden] in the transformers backend.
 
     Errors, while vLLM profiles or traces the model at start-up: `StartupRefused` for any other shape.
     """
@@ -80,8 +80,9 @@ def _apply(module: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     if module.steer_additive is not None:
         edited = reference.additive(edited, module.steer_additive_rows[:tokens], scales, module.steer_additive)
     if module.steer_A is not None:
-        flat, rows = x.reshape(tokens, x.shape[-1]), module.steer_low_rank_rows[:tokens]
-        delta = custom.low_rank(flat, rows, scales, module.steer_A, module.steer_B, module.steer_c)
+        flat, more = (part if part is None else part.reshape(tokens, part.shape[-1]) for part in (x, residual))
+        rows = module.steer_low_rank_rows[:tokens]
+        delta = custom.low_rank(flat, more, rows, scales, module.steer_A, module.steer_B, module.steer_c)
         edited = edited + delta.view_as(y)
     return edited
 
@@ -114,8 +115,7 @@ def _edit_block(module: Any, output: Any) -> Any:
         if module.steer_stream is Stream.HIDDEN:
             return _apply(module, hidden, hidden), residual
         if module.steer_stream is Stream.SUM:
-            x = residual if module.steer_A is None else hidden + residual
-            return hidden, _apply(module, x, residual)
+            return hidden, _apply(module, hidden, residual, residual)
     raise StartupRefused(
         f"{type(module).__name__}: block_output could not be bound: it returns {_described(output)}, expected hidden, "
         "or (hidden, residual) from a layer that takes its residual as a parameter of that name"

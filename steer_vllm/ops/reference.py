@@ -27,12 +27,20 @@ def affine(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, c: torch.Tensor) -
 
 
 def low_rank(
-    x: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor, A: torch.Tensor, B: torch.Tensor, c: torch.Tensor
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    rows: torch.Tensor,
+    scales: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    c: torch.Tensor,
 ) -> torch.Tensor:
     """scales[t] * B[rows[t]]^T (A[rows[t]] x[t] + c[rows[t]]), in x's dtype.
 
-    x: [tokens, hidden]; rows: int [tokens]; scales: float32 [tokens]; A, B: [rows, rank, hidden]; c: [rows, rank].
+    x: [tokens, hidden]; residual: None, or as x and added to it, rounded to its dtype, where the two carry the vector
+    between them; rows: int [tokens]; scales: float32 [tokens]; A, B: [rows, rank, hidden]; c: [rows, rank].
     """
+    x = x if residual is None else x + residual
     exact = torch.promote_types(x.dtype, torch.float32)
     step = max(1, _GATHER // max(1, A[0].numel()))
     parts = [
