@@ -20,6 +20,9 @@ _TILE = 16
 _BYTES = 8192
 """Of A or B per step of a program's loops."""
 
+_PROGRAMS, _SHARING = 1024, 64
+"""Programs of `low_rank`, and those that work when every tile is of one row: from some until a GPU is busy."""
+
 
 def route(
     positions: torch.Tensor,
@@ -121,8 +124,8 @@ def low_rank(
         return out
     rank, tiles = A.shape[1], triton.cdiv(tokens, _TILE)
     ranks = max(16, triton.next_power_of_2(rank))
-    lanes = min(max(1024 // tiles, 2), _TILE)  # few tiles: a pass each, many: no more programs than keep a GPU busy
-    share = min(max(64 // tiles, 1), 8)  # each program of a shared pass reads all of A again
+    lanes = min(max(_PROGRAMS // tiles, 2), _TILE)  # at most one for each pass that a tile can need
+    share = min(max(_SHARING // tiles, 1), 8)  # each program of a shared pass reads all of A again
     read = x if residual is None else residual
     _low_rank[(tiles, lanes)](
         x,

@@ -16,44 +16,28 @@ BATCHES = {"grouped": GROUPED, "gathered": GATHERED, "mixed": MIXED, "padding": 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}  # one rounding to the dtype
 
 
-def arguments(rows: list[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[torch.Tensor, ...]:
+def arguments(
+    rows: list[int], dtype: torch.dtype = torch.float32, seed: int = 0, residual: bool = False
+) -> tuple[torch.Tensor | None, ...]:
     A, B, c = randn(ROWS, RANK, HIDDEN, seed=1), randn(ROWS, RANK, HIDDEN, seed=2), randn(ROWS, RANK, seed=3)
     for table in (A, B, c):
         table[0] = 0
     n = len(rows)
     x, scales = randn(n, HIDDEN, seed=seed + 4) * 0.3, randn(n, seed=seed + 5)
-    return x.to(dtype), torch.tensor(rows, dtype=torch.int32), scales, A.to(dtype), B.to(dtype), c.to(dtype)
+    more = randn(n, HIDDEN, seed=seed + 6).to(dtype) * 0.3 if residual else None
+    return x.to(dtype), more, torch.tensor(rows, dtype=torch.int32), scales, A.to(dtype), B.to(dtype), c.to(dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_equals_the_reference(batch: str, dtype: torch.dtype) -> None:
-    args = arguments(BATCHES[batch], dtype)
+def test_equals_the_reference(batch: str, residual: bool, dtype: torch.dtype) -> None:
+    x, *others = args = arguments(BATCHES[batch], dtype, residual=residual)
     found, wanted = custom.low_rank(*args), reference.low_rank(*args)
     assert found.dtype == dtype
-    assert found.shape == args[0].shape
+    assert found.shape == x.shape
     torch.testing.assert_close(found, wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    assert not found[args[1] == 0].any(), "padding and unsteered tokens get exactly nothing"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", BATCHES)
-def test_the_static_form_equals_the_reference(batch: str, dtype: torch.dtype) -> None:
-    """What runs where a graph is captured. In bfloat16 the inner products are rounded once more."""
-    args = arguments(BATCHES[batch], dtype)
-    found, wanted = custom._every_row(*args), reference.low_rank(*args)
-    assert found.dtype == dtype
-    tolerance = 1e-5 if dtype == torch.float32 else 2**-5
-    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
-    assert not found[args[1] == 0].any(), "padding and unsteered tokens get exactly nothing"
-
-
-def test_the_static_form_keeps_rows_apart() -> None:
-    """Another row's overflow is not this token's."""
-    x, rows, scales, A, B, c = arguments([2, 5])
-    A[5] = 3e38
-    alone = custom._every_row(x[:1], rows[:1], scales[:1], A, B, c)
-    torch.testing.assert_close(alone, reference.low_rank(x[:1], rows[:1], scales[:1], A, B, c), rtol=1e-5, atol=1e-5)
+    assert not found[others[1] == 0].any(), "padding and unsteered tokens get exactly nothing"
 
 
 @pytest.mark.parametrize(("batch", "gathers"), [("grouped", False), ("gathered", True), ("padding", False)])
@@ -68,15 +52,16 @@ def test_both_branches_are_taken(batch: str, gathers: bool, monkeypatch: pytest.
 
 def test_tables_may_be_views() -> None:
     """A place's tables are strided views of all layers' tables."""
-    x, rows, scales, A, B, c = arguments(GROUPED)
+    *batch, A, B, c = arguments(GROUPED)
     wide = [torch.stack([randn(*table.shape, seed=8), table], 1)[:, 1] for table in (A, B, c)]
     assert not wide[0].is_contiguous()
-    assert torch.equal(custom.low_rank(x, rows, scales, *wide), custom.low_rank(x, rows, scales, A, B, c))
+    assert torch.equal(custom.low_rank(*batch, *wide), custom.low_rank(*batch, A, B, c))
 
 
 @pytest.mark.parametrize("batch", ["grouped", "mixed", "none"])
 def test_opcheck(batch: str) -> None:
     torch.library.opcheck(custom.low_rank, arguments(BATCHES[batch]))
+    torch.library.opcheck(custom.low_rank, arguments(BATCHES[batch], residual=True))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -85,7 +70,7 @@ def test_in_a_compiled_graph(backend: str) -> None:
     """One graph, no break, for any number of tokens and any rows: what is traced does not look at the batch."""
     graphs = 0
 
-    def step(x: torch.Tensor, *slots: torch.Tensor) -> torch.Tensor:
+    def step(x: torch.Tensor, *slots: torch.Tensor | None) -> torch.Tensor:
         return x * 2 + custom.low_rank(x, *slots)
 
     def counted(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:

@@ -71,16 +71,25 @@ def test_low_rank(tokens: int, hidden: int, rows: int, rank: int, dtype: torch.d
     tables = low_rank_tables(rows, rank, hidden, dtype)
     at, scales = slots(tokens, rows)
     wanted = low_rank_loop(x, at, scales, *tables)
-    close(reference.low_rank(x, at, scales, *tables), wanted, dtype)
+    close(reference.low_rank(x, None, at, scales, *tables), wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_rank_of_two_parts(dtype: torch.dtype) -> None:
+    """hidden and residual, added as the model adds them: rounded to its dtype."""
+    x, residual, tables = randn(5, 7).to(dtype), randn(5, 7, seed=1).to(dtype), low_rank_tables(3, 2, 7, dtype)
+    at, scales = slots(5, 3)
+    wanted = low_rank_loop(x + residual, at, scales, *tables)
+    close(reference.low_rank(x, residual, at, scales, *tables), wanted, dtype)
 
 
 def test_low_rank_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """What bounds its memory changes nothing."""
     x, tables = randn(11, 6), low_rank_tables(4, 3, 6, torch.float32)
     at, scales = slots(11, 4)
-    whole = reference.low_rank(x, at, scales, *tables)
+    whole = reference.low_rank(x, None, at, scales, *tables)
     monkeypatch.setattr(reference, "_GATHER", 40)  # two tokens at a time
-    torch.testing.assert_close(reference.low_rank(x, at, scales, *tables), whole, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(reference.low_rank(x, None, at, scales, *tables), whole, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -89,7 +98,7 @@ def test_sums_are_not_rounded_on_the_way(dtype: torch.dtype) -> None:
     hidden = 512
     x = torch.ones(1, hidden, dtype=dtype)
     A, B, c = torch.ones(1, 1, hidden, dtype=dtype), torch.ones(1, 1, hidden, dtype=dtype), torch.zeros(1, 1).to(dtype)
-    out = reference.low_rank(x, torch.zeros(1, dtype=torch.int32), torch.ones(1), A, B, c)
+    out = reference.low_rank(x, None, torch.zeros(1, dtype=torch.int32), torch.ones(1), A, B, c)
     assert out[0, 0] == hidden
 
 
@@ -104,20 +113,20 @@ def test_row_zero_is_the_identity(dtype: torch.dtype) -> None:
     for scale in (0.0, 1.0, -8.0):
         scales = torch.full((6,), scale)
         assert torch.equal(reference.additive(y, zero, scales, table), y)
-        assert not reference.low_rank(y, zero, scales, *tables).any()
+        assert not reference.low_rank(y, None, zero, scales, *tables).any()
 
 
 def test_a_token_sees_its_own_row_only() -> None:
     """Invariant: other requests' contents in the same batch change no bit of a token."""
     y, at, scales = randn(8, 5), torch.tensor([0, 1, 2, 3] * 2), torch.ones(8)
     table, tables = randn(4, 5, seed=1), low_rank_tables(4, 2, 5, torch.float32)
-    additive, low_rank = reference.additive(y, at, scales, table), reference.low_rank(y, at, scales, *tables)
+    additive, low_rank = reference.additive(y, at, scales, table), reference.low_rank(y, None, at, scales, *tables)
     table[2] = 1e6
     for part in tables:
         part[2] = 1e6
     mine = at != 2
     assert torch.equal(reference.additive(y, at, scales, table)[mine], additive[mine])
-    assert torch.equal(reference.low_rank(y, at, scales, *tables)[mine], low_rank[mine])
+    assert torch.equal(reference.low_rank(y, None, at, scales, *tables)[mine], low_rank[mine])
     assert not torch.equal(reference.additive(y, at, scales, table), additive)
 
 
@@ -128,7 +137,7 @@ def test_gradients() -> None:
     table = randn(3, 4, seed=3, dtype=torch.float64).requires_grad_()
     tables = [t.requires_grad_() for t in low_rank_tables(3, 2, 4, torch.float64)]
     assert torch.autograd.gradcheck(lambda y, s, t: reference.additive(y, at, s, t), (y, scales, table))
-    assert torch.autograd.gradcheck(lambda y, s, *t: reference.low_rank(y, at, s, *t), (y, scales, *tables))
+    assert torch.autograd.gradcheck(lambda y, s, *t: reference.low_rank(y, None, at, s, *t), (y, scales, *tables))
 
 
 def route_loop(
