@@ -14,7 +14,7 @@ import torch
 
 from .config import SteerConfig
 from .edit import LowRank, Place
-from .ops import reference
+from .ops import custom
 from .packed import Layout, Packed, compose
 from .plan import Fill, Placement, Plan
 from .rows import Content
@@ -209,7 +209,7 @@ class RequestSlots:
 
         positions, starts, requests: as `reference.route` takes them.
         """
-        reference.route(positions, starts, requests, self.spans, self.scales, *into.reach(tokens))
+        custom.route(positions, starts, requests, self.spans, self.scales, *into.reach(tokens))
 
     def _grow(self) -> None:
         count = len(self.spans)

@@ -68,7 +68,9 @@ def _replace_forward(module: nn.Module, edit: Callable[[nn.Module, Any], Any]) -
 
 
 def _apply(module: Any, x: torch.Tensor, y: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """y plus the edit of x, or of x + residual. All [tokens, hidden], or [1, tokens, hidden] in the transformers backend.
+    """y plus the edit of x, or of x + residual.
+
+    All [tokens, hidden], or [1, tokens, hidden] in the transformers backend.
 
     Errors, while vLLM profiles or traces the model at start-up: `StartupRefused` for any other shape.
     """

@@ -1,10 +1,10 @@
-"""The low-rank edit as a torch operator, so that a compiled graph calls it as it stands.
+"""The operations as a step runs them: on a GPU the kernels of `triton`, on a CPU the maths of `reference`.
 
-On a CPU it touches only the tokens that have a row; on a GPU it is a kernel. Both compute `reference.low_rank` and are
-tested against it.
+The low-rank edit is a torch operator, so that a compiled graph calls it as it stands. On a CPU it touches only the
+tokens that have a row. Everything here is tested against `reference`.
 
-It returns what is to be added, and adds nothing in place: programs of the kernel that share a token read all of it
-while they write parts, and on a CPU a step without low-rank edits would save less than a microsecond per layer.
+The operator returns what is to be added, and adds nothing in place: programs of the kernel that share a token read all
+of it while they write parts, and on a CPU a step without low-rank edits would save about a microsecond per layer.
 
 Registered by dispatch key and not with `torch.library.custom_op`, whose wrapper would double what a layer pays in a
 step without low-rank edits.
@@ -68,6 +68,16 @@ def _shape(x: torch.Tensor, residual: torch.Tensor | None, *edit: torch.Tensor) 
     if residual is None:
         return x.new_empty(x.shape)
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+
+
+def route(positions: torch.Tensor, *batch: torch.Tensor) -> None:
+    """`reference.route` with the same arguments. It runs before the model, outside of any compiled graph."""
+    if positions.is_cuda:
+        from . import triton
+
+        triton.route(positions, *batch)
+    else:
+        reference.route(positions, *batch)
 
 
 _LIBRARY.define(

@@ -112,10 +112,10 @@ def low_rank(
     A, B and c may be strided views in which hidden vectors are contiguous; rows and scales are contiguous. Sums are
     taken in float32. Tokens of row 0 get exact zeros.
 
-    Sixteen consecutive tokens make a tile, and a tile makes one pass for each distinct row among them: a pass reads the
-    row's A and B once and those tokens only. So tokens that follow each other with the same row, as those of a prompt
-    do, share a pass, and a decode step of distinct requests reads each row once. The programs of a tile share its passes
-    out; where there are fewer passes than programs, several make the same pass, and each writes its part of hidden.
+    Sixteen consecutive tokens make a tile, and a tile makes one pass for each distinct row among them. A pass reads the
+    row's A and B and those tokens only: tokens with the same row that follow each other, as those of a prompt do, share
+    a pass, and a decode step of distinct requests reads each row once. The programs of a tile share its passes out;
+    where they outnumber the passes, several make the same pass, and each writes its part of hidden.
     """
     kind = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     tokens, hidden = x.shape

@@ -66,10 +66,16 @@ def by_hand(model: Decoder, tables: SlotTables, slots: TokenSlots) -> torch.Tens
     return stream
 
 
+def put(slots: TokenSlots, *values: torch.Tensor) -> None:
+    """Additive rows, low-rank rows and scales of the tokens, as routing writes them."""
+    for into, given in zip(slots.reach(len(values[0])), values, strict=True):
+        into[: len(given)] = given
+
+
 def slots_with(rows: list[int]) -> TokenSlots:
     slots = TokenSlots(16, "cpu")
     at = torch.tensor(rows)
-    slots.set(at, at.flip(0), torch.linspace(-1, 2, len(rows)))
+    put(slots, at, at.flip(0), torch.linspace(-1, 2, len(rows)))
     return slots
 
 
@@ -95,7 +101,7 @@ def test_without_slots_it_is_the_model() -> None:
     slots = TokenSlots(16, "cpu")
     wrap(Binding(model, CONFIG), tables_for(model), slots)
     assert torch.equal(model(TOKENS), original(TOKENS))
-    slots.set(torch.tensor([0, 0, 1]), torch.zeros(3), torch.ones(3))
+    put(slots, torch.tensor([0, 0, 1]), torch.zeros(3), torch.ones(3))
     assert torch.equal(model(TOKENS)[[0, 1, 3, 4, 5]], original(TOKENS)[[0, 1, 3, 4, 5]])
     assert not torch.equal(model(TOKENS)[2], original(TOKENS)[2])
 
@@ -144,7 +150,7 @@ def test_wrapped_models_compile_to_one_graph() -> None:
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for rows in ([0, 1, 2, 1, 0, 2], [2] * 6, [0] * 6):
-        slots.set(torch.tensor(rows), torch.tensor(rows), torch.ones(6))
+        put(slots, torch.tensor(rows), torch.tensor(rows), torch.ones(6))
         tables.additive[1] += 1
         torch.testing.assert_close(compiled(TOKENS), model(TOKENS), rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 1

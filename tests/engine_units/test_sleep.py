@@ -20,7 +20,7 @@ def scribble(steering: WorkerSteering) -> None:
     tables, tokens, requests = steering.tables, steering.tokens, steering.requests
     for tensor in (
         *(tables.additive, tables.low_rank.A, tables.low_rank.B, tables.low_rank.c),
-        *(tokens.additive, tokens.low_rank, tokens.scales, requests.spans, requests.scales, steering._steps),
+        *(tokens.additive, tokens.low_rank, tokens.scales, requests.spans, requests.scales),
     ):
         tensor.fill_(7 if not tensor.is_floating_point() else float("nan"))
 
