@@ -4,15 +4,15 @@
 #   benchmarks/gpu.sh [--minutes 9] [--commit HASH] [--dry-run] FOLDER [STAGE ...]
 #
 # Needs a python3 (or .venv here) with vLLM's CUDA build; the project is installed beside it where it is missing. Writes
-# a JSON file for each stage, log.txt and summary.txt into FOLDER. Every stage has its share of the minutes; one that
-# fails or runs out of time does not stop the others, and a benchmark keeps the rounds it has. Named stages share the
-# minutes among themselves. --commit: what the results say where there is no git checkout. --dry-run: every stage on a
-# CPU at the smallest sizes.
+# a JSON file for each stage, log.txt and summary.txt into FOLDER. Every stage has its share of the minutes, and what one
+# leaves goes to the others; one that fails or runs out of time does not stop them, and `steer-vllm bench` keeps the
+# loads it has measured. Stages that are named share the minutes among themselves. --commit: what the results say where
+# there is no git checkout. --dry-run: every stage on a CPU at the smallest sizes.
 set -uo pipefail
 
 STAGES=(smoke decode kernels ops lora tests)                 # the most valuable first
-MORE=(step training loading prefix serving)                  # by name only
-declare -A WEIGHT=([smoke]=6 [decode]=30 [kernels]=8 [ops]=5 [lora]=13 [tests]=8 [step]=5 [training]=6 [loading]=10 [prefix]=10 [serving]=30)
+MORE=(curve step training loading prefix serving)            # by name only
+declare -A WEIGHT=([smoke]=4 [decode]=30 [kernels]=6 [ops]=4 [lora]=20 [tests]=6 [curve]=30 [step]=5 [training]=6 [loading]=10 [prefix]=10 [serving]=30)
 MARGIN=20                                                    # seconds in which an engine ends and results are written
 
 usage() {
@@ -68,13 +68,15 @@ script() { "${limited[@]}" "$python" "$root/benchmarks/$1.py" "${@:2}"; }
 # What is run: the 8B shape in bfloat16 on a GPU, next to nothing in a dry run. `json` is the stage's file.
 if [ -z "$dry" ]; then
     big=(--shape 8b --dtype bfloat16 --prompt-tokens 512 --output-tokens 64 --batch 1,32,256)
-    smoke() { bench --shape 100m --dtype bfloat16 --batch 4 --rounds 1 --output "$json"; }
+    smoke() { bench --shape 100m --dtype bfloat16 --no-compiled --batch 4 --rounds 1 --quick --output "$json"; }
     decode() { bench "${big[@]}" --prefill 1x2048,1x8192 --output "$json" \
         --modes idle-additive,idle,shared-offsets,distinct-offsets,distinct-loreft,distinct-low-rank; }
     kernels() { script kernels --shape 8b --layers 4 --dtype bfloat16 --batch 32 --prompt-tokens 512 --output "$json"; }
     ops() { script ops --output "$json"; }
     lora() { bench "${big[@]}" --modes lora,eager --output "$json"; }
     tests() { gpu_tests; }
+    curve() { bench "${big[@]}" --batch 256 --distinct 1,8,32,64,128,256 --output "$json" \
+        --modes distinct-offsets,distinct-loreft,distinct-low-rank; }
     step() { script step --output "$json"; }
     training() { script training --shape 1b --dtype bfloat16 --output "$json"; }
     loading() { script loading --shape 8b --dtype bfloat16 --quick --output "$json"; }
@@ -89,6 +91,7 @@ else
     ops() { script ops --quick --output "$json"; }
     lora() { bench "${small[@]}" --modes lora,eager --output "$json"; }
     tests() { gpu_tests --collect-only; }
+    curve() { bench "${small[@]}" --distinct 1,2 --modes distinct-offsets --output "$json"; }
     step() { script step --requests 4 --repeats 4 --output "$json"; }
     training() { script training --shape tiny --batch 1 --tokens 16 --rounds 1 --output "$json"; }
     loading() { script loading --shape tiny --eager --loads 2 --requests 2 --many 0 --rounds 1 --output "$json"; }
@@ -98,7 +101,9 @@ fi
 
 failed=0
 for stage in "${chosen[@]}"; do
-    seconds=$((minutes * 60 * WEIGHT[$stage] / total))
+    seconds=$(((minutes * 60 - SECONDS) * WEIGHT[$stage] / total))
+    total=$((total - WEIGHT[$stage]))
+    [ $seconds -gt $MARGIN ] || { echo "$stage: no time is left" | tee -a "$out/summary.txt"; failed=1; continue; }
     limited=(timeout --signal=INT --kill-after=25 $seconds)
     json=$out/$stage.json
     rm -f "$json"

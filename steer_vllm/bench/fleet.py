@@ -17,7 +17,7 @@ from .artifacts import RANK, make
 from .engine import Engine
 from .lora import make_adapter
 from .modes import ADDITIVE, CONTROL, EAGER, ENGINES, LORA, STEERED, Case
-from .workload import Workload
+from .workload import ALIGN, Workload
 
 _EVERY = {
     "HF_HUB_OFFLINE": "1",
@@ -26,6 +26,8 @@ _EVERY = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 _GIB = 1 << 30
+_GPU_BLOCK = 16
+"""KV block size of vLLM's attention on a GPU; several engines share its memory."""
 
 
 class Fleet:
@@ -123,6 +125,6 @@ def _memory(workload: Workload) -> tuple[dict[str, Any], dict[str, str]]:
     gpu_memory_utilization: what must be free when an engine starts; of a CPU's memory likewise.
     """
     if torch.cuda.is_available():
-        return {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": workload.kv_bytes}, {}
-    space = -(-workload.kv_bytes // _GIB)
+        return {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": workload.kv_bytes(_GPU_BLOCK)}, {}
+    space = -(-workload.kv_bytes(ALIGN) // _GIB)
     return {"gpu_memory_utilization": 0.1}, {"VLLM_CPU_KVCACHE_SPACE": str(space), "VLLM_USE_AOT_COMPILE": "0"}

@@ -47,7 +47,10 @@ def assemble(workload: Workload, cases: Sequence[Case], outcome: Outcome) -> dic
 
 
 def rows(result: Mapping[str, Any]) -> Iterator[Row]:
-    """One per case, by load, then in the order of the modes, then by the number of distinct interventions."""
+    """One per case, by load, then in the order of the modes, then by the number of distinct interventions.
+
+    A run that was stopped in its first round has no rows for some loads.
+    """
     order = {name: at for at, name in enumerate(result["modes"])}
     samples = sorted(result["samples"], key=lambda sample: sample["round"])
     loads = dict.fromkeys(_load_name(load) for load in result["workload"]["loads"])
@@ -56,7 +59,7 @@ def rows(result: Mapping[str, Any]) -> Iterator[Row]:
         for sample in samples:
             if sample["load"] == load:
                 of.setdefault((sample["mode"], sample["distinct"]), []).append(sample)
-        plain = [sample["tokens_per_second"] for sample in of[PLAIN, 0]]
+        plain = [sample["tokens_per_second"] for sample in of.get((PLAIN, 0), ())]
         for mode, distinct in sorted(of, key=lambda key: (order[key[0]], key[1])):
             values = {
                 name: [sample[name] for sample in of[mode, distinct]]

@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -20,10 +20,10 @@ from ..errors import BenchmarkInvalid
 from .fleet import Fleet
 from .modes import EAGER, PLAIN, Case
 from .rest import rest
-from .workload import Workload
+from .workload import Load, Workload
 
-_REHEARSED = 16
-"""Tokens generated in the rehearsal: enough to see whether answers differ."""
+_REHEARSED = (64, 16)
+"""Tokens of a decode load's prompts, and tokens generated, in the rehearsal: enough to see whether answers differ."""
 
 
 @dataclass(frozen=True)
@@ -66,28 +66,24 @@ def measure(
 ) -> None:
     """Run everything. folder: for the model, the artifacts and the engines' logs. say: takes one line of progress.
 
-    keep: takes what there is after every round. until: on the monotonic clock; a round that would end later is not
-    begun, except the first. Errors: `BenchmarkInvalid` when an engine fails or does not rest, or a case does not do
-    what it says.
+    keep: takes what there is whenever a load's cases have all had their turn. until: on the monotonic clock; a round
+    that would end later is not begun, except the first. Errors: `BenchmarkInvalid` when an engine fails or does not
+    rest, or a case does not do what it says.
     """
     with ExitStack() as stack:
         fleet = Fleet(cases, workload, folder, stack, say)
         same = _rehearse(fleet, cases, workload, say)
         order, samples, longest = random.Random(workload.seed), list[Sample](), 0.0
+        loads = list(dict.fromkeys(case.load for case in cases))
         for number in range(workload.rounds):
             began = time.monotonic()
             if number and began + longest > until:
                 break
-            samples += _round(number, fleet, _drawn(cases, order), workload, say)
+            for load in order.sample(loads, len(loads)):  # what is compared is run within a minute
+                of = [case for case in cases if case.load == load]
+                samples += _turns(number, fleet, order.sample(of, len(of)), workload, say)
+                keep(Outcome(samples, same, fleet.facts))
             longest = max(longest, time.monotonic() - began)
-            keep(Outcome(samples, same, fleet.facts))
-
-
-def _drawn(cases: Sequence[Case], order: random.Random) -> list[Case]:
-    """All cases, those of a load together: what is compared is run within a minute."""
-    loads = list(dict.fromkeys(case.load for case in cases))
-    of = {load: [case for case in cases if case.load == load] for load in loads}
-    return [case for load in order.sample(loads, len(loads)) for case in order.sample(of[load], len(of[load]))]
 
 
 def _rehearse(
@@ -102,7 +98,8 @@ def _rehearse(
     same = {}
     for case in sorted(cases, key=lambda one: one.mode.name != PLAIN):
         say(f"rehearsing {case.mode.name}, {case.load.name}")
-        tokens = fleet.ask(case, "run", tokens=min(_REHEARSED, case.load.output_tokens))["tokens"]
+        short = replace(case, load=_shortened(case.load))
+        tokens = fleet.ask(short, "run", tokens=short.load.output_tokens)["tokens"]
         alike = sum(a == b for a, b in zip(tokens, plain.setdefault(case.load.name, tokens), strict=True))
         same[case.key] = share = alike / case.load.requests
         where = f"{case.mode.name}, {case.load.name}"
@@ -114,7 +111,14 @@ def _rehearse(
     return same
 
 
-def _round(
+def _shortened(load: Load) -> Load:
+    prompt, output = _REHEARSED
+    if not load.decodes:
+        return load
+    return replace(load, prompt_tokens=min(load.prompt_tokens, prompt), output_tokens=min(load.output_tokens, output))
+
+
+def _turns(
     number: int, fleet: Fleet, cases: Sequence[Case], workload: Workload, say: Callable[[str], None]
 ) -> Iterable[Sample]:
     for turn, case in enumerate(cases):

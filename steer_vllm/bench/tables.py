@@ -58,7 +58,8 @@ def conditions(result: Mapping[str, Any]) -> str:
     return (
         f"Llama of {work['parameters'] / 1e6:.0f}M random weights, {work['dtype']}, "
         f"{'compiled' if work['compiled'] else 'eager'}, prefix cache {'on' if work['prefix_cache'] else 'off'}; "
-        f"{_loads([Load(**load) for load in work['loads']])}; {done} rounds, seed {work['seed']}. "
+        f"{_loads([Load(**load) for load in work['loads']])}; {done} round{'s' * (done != 1)}, seed "
+        f"{work['seed']}. "
         f"{record.origin(result)}"
     )
 

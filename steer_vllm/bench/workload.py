@@ -15,7 +15,7 @@ import numpy as np
 from .shapes import LlamaShape
 
 ALIGN = 128
-"""KV block size of vLLM on a CPU: contexts are given as a multiple of it."""
+"""KV block size of vLLM on a CPU: contexts are a multiple of it."""
 
 _STEP = (2048, 8192)
 """Tokens of a step: at least, and at most for the prompts of a decode load, which vLLM takes in several steps then."""
@@ -45,10 +45,9 @@ class Load:
         """`decode REQUESTS` or `prefill REQUESTSxTOKENS`, as targets and tables call it."""
         return f"decode {self.requests}" if self.decodes else f"prefill {self.requests}x{self.prompt_tokens}"
 
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens in the KV cache at the end, whole blocks of each request."""
-        return self.requests * -(-(self.prompt_tokens + self.output_tokens) // ALIGN) * ALIGN
+    def cached_tokens(self, block: int) -> int:
+        """Tokens in the KV cache at the end, in whole blocks of so many, with one more for each request."""
+        return self.requests * (-(-(self.prompt_tokens + self.output_tokens + 1) // block) * block)
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,8 @@ class Workload:
 
     @property
     def context(self) -> int:
-        """The longest request, up to a multiple of the KV block size."""
-        return max(load.cached_tokens // load.requests for load in self.loads)
+        """The longest request, up to a multiple of `ALIGN`."""
+        return max(load.cached_tokens(ALIGN) // load.requests for load in self.loads)
 
     @property
     def step_tokens(self) -> int:
@@ -81,10 +80,12 @@ class Workload:
             least, *(min(load.requests * load.prompt_tokens, most if load.decodes else 1 << 30) for load in self.loads)
         )
 
-    @property
-    def kv_bytes(self) -> int:
-        """KV cache for the largest load, with a tenth to spare."""
-        tokens = max(load.cached_tokens for load in self.loads) + 8 * ALIGN
+    def kv_bytes(self, block: int) -> int:
+        """KV cache for the largest load, and for one request of the model's length, with a tenth to spare.
+
+        block: tokens of a KV block.
+        """
+        tokens = max(self.context, *(load.cached_tokens(block) for load in self.loads)) + 8 * block
         return tokens * self.shape.kv_numbers * _BYTES[self.dtype] * 11 // 10
 
     def prompts(self, load: Load) -> list[list[int]]:

@@ -138,9 +138,12 @@ def test_workload() -> None:
 def test_the_kv_cache_holds_the_largest_load() -> None:
     gpu = Workload(shape=SHAPES["8b"], loads=(Load(256, 512, 256), Load(1, 8192, 1)), dtype="bfloat16")
     token = 2 * 32 * 8 * 128 * 2  # keys and values, layers, heads, their size, bytes
-    assert gpu.kv_bytes >= 256 * 768 * token
-    assert gpu.kv_bytes < 1.2 * 256 * 768 * token, "several engines share a GPU"
+    assert gpu.kv_bytes(16) >= 256 * (768 + 1) * token
+    assert gpu.kv_bytes(16) < 1.2 * 256 * 768 * token, "several engines share a GPU"
+    assert gpu.kv_bytes(64) >= 256 * (768 + 64) * token
     assert gpu.context == 65 * 128
+    one = Workload(shape=SHAPES["8b"], loads=(Load(1, 8192, 1),), dtype="bfloat16")
+    assert one.kv_bytes(16) >= one.context * token
 
 
 def test_shapes_are_those_of_the_models() -> None:

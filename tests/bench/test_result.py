@@ -123,6 +123,12 @@ def test_rounds_are_those_that_were_run(result: dict[str, Any]) -> None:
     assert "; 3 rounds, seed 0." in conditions(result)
 
 
+def test_a_run_that_was_stopped_shows_the_loads_it_has(result: dict[str, Any]) -> None:
+    result["samples"] = [s for s in result["samples"] if s["round"] == 0 and s["load"] == "decode 16"]
+    assert {load for load, _, _ in shown(result)} == {"decode 16"}
+    assert "; 1 round, seed 0." in conditions(result)
+
+
 def test_the_former_format_is_still_read(root: Path) -> None:
     former = record.read(root / "benchmarks" / "results" / "cpu-quick.json")
     assert (former["benchmark"], former["format_version"]) == ("decode", 1)
