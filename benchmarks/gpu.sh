@@ -53,7 +53,8 @@ python=$(command -v python3)
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_USE_FLASHINFER_SAMPLER=0 PYTHONUNBUFFERED=1 TMPDIR=$scratch
 cd "$scratch" || exit 2
 if ! "$python" -c 'import steer_vllm.training' 2>/dev/null; then
-    "$python" -m pip install -q --no-index --no-deps --no-build-isolation --target "$scratch/site" "$root" || exit 2
+    mkdir source && cp -r "$root"/{pyproject.toml,setup.py,README.md,LICENSE,steer_vllm,training,server} source || exit 2
+    "$python" -m pip install -q --no-index --no-deps --no-build-isolation --target "$scratch/site" ./source || exit 2
     export PYTHONPATH=$scratch/site${PYTHONPATH:+:$PYTHONPATH}
 fi
 : >"$out/log.txt"

@@ -43,8 +43,8 @@ def command(arguments: list[str], run_as: ModuleSpec | None) -> str:
     program = Path(arguments[0]).absolute()
     if run_as is not None:
         start = ["python", "-m", run_as.name]
-    elif program.is_relative_to(machine.FOLDER / "benchmarks"):
-        start = ["python", str(program.relative_to(machine.FOLDER))]
+    elif program.parent.name == "benchmarks":
+        start = ["python", f"benchmarks/{program.name}"]
     else:
         start = [program.name]
     return shlex.join([*start, *arguments[1:]])
