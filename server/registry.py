@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
 
@@ -82,17 +81,20 @@ class Registry:
             name = check_name(name, base_name)
         name = check_name(name)
         folder = self._store.folder(source)
-        base = await self._engine.base()  # anew: a reload of weights may have brought another model
-        intervention = await asyncio.to_thread(self._read, folder, base)
+        intervention = await asyncio.to_thread(Intervention.load, folder)
         digest = intervention.digest
         await self.refresh()
         self.catalog.check_free(name, digest, load_inplace)
+        # Anew, for a reload of weights may have brought another model; beside the turn, for any answer takes a step.
+        asked = asyncio.ensure_future(self._engine.base())
         try:
             async with self._turn(digest) as token:
+                check_fit(intervention, await asked, self._config, str(folder))
                 summary = await self._engine.load(str(folder), digest)
                 entry = Entry.of(name, str(source), intervention, summary)
                 await self.names.publish(entry, token, replace=load_inplace)
         except BaseException:
+            asked.cancel()
             self._free_soon({digest})  # the engine may have it by now
             raise
         log.info("intervention %s: %s, sha256 %s, from %s", name, entry.method, digest[:12], source)
@@ -119,12 +121,6 @@ class Registry:
         """Come back when the engine has done everything that was sent before. Errors: `EngineUnavailable`."""
         await self._engine.settle()
 
-    def _read(self, folder: Path, base: Fingerprint) -> Intervention:
-        """Read and check an artifact against the model and the tables. Errors: `ArtifactInvalid`."""
-        intervention = Intervention.load(folder)
-        check_fit(intervention, base, self._config, str(folder))
-        return intervention
-
     @asynccontextmanager
     async def _turn(self, digest: str) -> AsyncIterator[str]:
         """Wait until nobody else loads or frees this content, on any server. Gives the turn's token."""
@@ -136,7 +132,13 @@ class Registry:
                 pause = min(2 * pause, _LONGEST)
             yield token
         finally:  # also without an answer: a call that was cancelled may have got the turn
-            await self.names.to_the_end(self._book.end_turn(digest, token))
+            self.names.in_background(self._end_turn(digest, token))  # nobody waits for the answer
+
+    async def _end_turn(self, digest: str, token: str) -> None:
+        try:
+            await self._book.end_turn(digest, token)
+        except EngineUnavailable as error:
+            log.warning("sha256 %s may stay as it is: %s", digest[:12], error)
 
     def _free_soon(self, digests: Collection[str]) -> None:
         for digest in digests:

@@ -76,7 +76,7 @@ def load(folder: str, digest: str) -> Conversation[Summary]:
         pause = 0.002
         while busy := _having(_all_well(answers), "busy"):
             yield Wait(pause)
-            pause = min(2 * pause, 0.1)
+            pause = min(1.5 * pause, 0.05)
             answers = answers | (yield Call("steer_poll", (digest,), busy, leave=True))
         committing = True
         done = _all_well((yield Call("steer_commit", (digest,), leave=True)))

@@ -8,6 +8,8 @@ fails leaves later replies out of step with their calls.
 from __future__ import annotations
 
 import itertools
+import os
+import sys
 import threading
 
 import torch
@@ -19,6 +21,9 @@ from ..packed import Packed
 from .answer import Answer, answered
 from .compilation import Compilation
 from .worker import WorkerSteering
+
+_CORES = os.sched_getaffinity(0) if sys.platform == "linux" else frozenset[int]()
+"""Those of the process, before vLLM binds the thread that runs the steps to one of them: a load would share it."""
 
 
 class Load:
@@ -39,6 +44,8 @@ class Load:
         self.thread.start()
 
     def _run(self) -> None:
+        if _CORES:
+            os.sched_setaffinity(0, _CORES)  # of this thread
         self.answer = self._prepare()
 
     @answered

@@ -5,6 +5,7 @@ Knows linear layers of vLLM, nothing of interventions.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,9 +49,10 @@ class OutputProjection:
         """This rank's part of W_o z, without bias: [num_heads * head_dim] -> [hidden]; ranks add up to the whole.
 
         In float32 where the weight is a plain matrix, of which only the columns of edited heads are read: the weights
-        are most of what loading reads. A quantised or packed one is read through the layer's own method, one input at a
-        time, so that an input that the method quantises loses next to nothing: what is left is its rounding of each
-        column, and its arithmetic.
+        are most of what loading reads. Any other is read through the layer's own method: a packed one (all of vLLM's on
+        a CPU) with inputs that add up to z, so that what is left is the rounding of an output to the layer's dtype; a
+        quantised one with one column at a time, so that an input that the method quantises loses next to nothing: what
+        is left is its rounding of each column, and its arithmetic.
         Errors: `ArtifactInvalid` when the layer has heads of another number or size.
         """
         width = self.base.input_size_per_partition
@@ -65,15 +67,39 @@ class OutputProjection:
         if self.plain:
             weight: torch.Tensor = self.base.weight
             z = mine[used].to(weight.device, torch.float32)
-            return functional.linear(z, weight[:, used.to(weight.device)].float())
+            columns = torch.cat([weight[:, run] for run in _runs(used)], 1) if len(used) else weight[:, :0]
+            return functional.linear(z, columns.float())
         device = next(self.base.parameters()).device
+        if not self.quantised:
+            return self._apply(_terms(mine.to(device, torch.float32), self.base.params_dtype))
         z, used = mine.to(device, torch.float32), used.to(device)
         whole = torch.zeros(self.base.output_size, device=device)
         for some in used.split(_AT_ONCE):
             single = torch.zeros(len(some), width, device=device, dtype=self.base.params_dtype)
             single[torch.arange(len(some), device=device), some] = z[some].to(single.dtype)
-            whole += self.base.quant_method.apply(self.base, single, None).float().sum(0)
+            whole += self._apply(single)
         return whole
+
+    def _apply(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The layer's own product without bias, added up: [count, width] in its dtype -> [hidden] in float32."""
+        outputs: torch.Tensor = self.base.quant_method.apply(self.base, inputs, None)
+        return outputs.float().sum(0)
+
+
+def _terms(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows in `dtype` that add up to float32 values: one, or three of a half precision."""
+    rows = []
+    for _ in range(1 if dtype == torch.float32 else 3):
+        rows.append(values.to(dtype))
+        values = values - rows[-1].float()
+    return torch.stack(rows)
+
+
+def _runs(numbers: torch.Tensor) -> Iterator[slice]:
+    """Ascending numbers as slices, one for each head or row of heads: a gather by number is several times slower."""
+    breaks = (numbers.diff() != 1).nonzero().flatten() + 1
+    for run in torch.tensor_split(numbers, breaks.tolist()):
+        yield slice(int(run[0]), int(run[-1]) + 1)
 
 
 def _is_plain(weight: object, shape: tuple[int, int]) -> bool:

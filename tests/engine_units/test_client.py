@@ -221,7 +221,7 @@ def test_waits_grow_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     core = Core(begin=[{**BUSY, **NEW}], poll=[BUSY] * 12 + [READY], commit=[DONE])
     SyncEngine(Holder(core)).load("folder", "digest")
     assert waits == sorted(waits)
-    assert waits[-1] == 0.1
+    assert waits[-1] == 0.05
     assert sum(waits) < 2
 
 

@@ -80,6 +80,35 @@ def test_packed_weights_go_through_the_layers_own_method(packing: str) -> None:
     assert calls == [(layer, torch.float32, (WIDTH, WIDTH), None)]
 
 
+class UnquantizedCpuMethod:
+    """As vLLM's on a CPU: the layer's weight is gone, a kernel has it in an order of its own."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+        self.rows = 0
+
+    def apply(self, base: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        assert bias is None
+        self.rows += len(x)
+        return (x.double() @ self.weight.double().T).to(self.weight.dtype)  # it adds up in more than its dtype
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 1), (torch.bfloat16, 3), (torch.float16, 3)])
+@torch.no_grad()
+def test_a_packed_weight_is_read_once(dtype: torch.dtype, rows: int) -> None:
+    """Steps wait meanwhile. The inputs keep their digits; an output is rounded to the layer's dtype."""
+    layer = RowParallel(WIDTH, HIDDEN).to(dtype)
+    layer.params_dtype = dtype  # type: ignore[assignment]
+    plain, z = layer.weight.detach().clone(), randn(WIDTH) * torch.logspace(-4, 0, WIDTH)
+    layer.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+    method = layer.quant_method = UnquantizedCpuMethod(plain)  # type: ignore[assignment]
+    found = OutputProjection(layer, 0)(z)
+    assert method.rows == rows
+    assert found.dtype == torch.float32
+    exact = plain.double() @ z.double()
+    assert (found - exact).abs().max() <= exact.abs().max() * torch.finfo(dtype).eps
+
+
 @torch.no_grad()
 def test_a_layer_that_quantises_its_input() -> None:
     """One input at a time: such a layer loses what lies below the largest input's last step, but nothing of one alone.
