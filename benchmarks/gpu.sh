@@ -12,7 +12,7 @@ set -uo pipefail
 
 STAGES=(smoke decode kernels ops lora tests)                 # the most valuable first
 MORE=(curve step training loading prefix serving)            # by name only
-declare -A WEIGHT=([smoke]=4 [decode]=30 [kernels]=6 [ops]=4 [lora]=20 [tests]=6 [curve]=30 [step]=5 [training]=6 [loading]=10 [prefix]=10 [serving]=30)
+declare -A WEIGHT=([smoke]=6 [decode]=30 [kernels]=6 [ops]=4 [lora]=20 [tests]=6 [curve]=30 [step]=5 [training]=6 [loading]=10 [prefix]=10 [serving]=30)
 MARGIN=20                                                    # seconds in which an engine ends and results are written
 
 usage() {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,15 +46,27 @@ def test_an_engine_that_refuses_is_said_and_ends_at_once(program: Callable[[str]
         os.killpg(engine._process.pid, 0)
 
 
-def test_engines_that_do_not_rest_are_named(program: Callable[[str], None], tmp_path: Path) -> None:
-    program("while True: pass")
-    said = pytest.raises(BenchmarkInvalid, match="busy: still uses CPU")
-    with said, Engine("busy", {}, tmp_path / "log") as engine:
-        rest([engine], within=1.0)
+class Working:
+    """Uses a processor all the time, or none."""
+
+    def __init__(self, name: str, share: float) -> None:
+        self.name = name
+        self._share = share
+
+    def cpu_seconds(self) -> float:
+        return self._share * time.monotonic()
 
 
-def test_resting_engines_are_not_waited_for(program: Callable[[str], None], tmp_path: Path) -> None:
+def test_what_does_not_rest_is_named() -> None:
+    started = [Working("busy", 1.0), Working("still", 0.0), Working("half", 0.5)]
+    with pytest.raises(BenchmarkInvalid, match=r"^busy, half: still uses CPU"):
+        rest(started, within=0.4)
+    rest(started[1:2])
+
+
+def test_an_engine_answers_and_ends_with_its_questions(program: Callable[[str], None], tmp_path: Path) -> None:
     program(ANSWER.format(b"{}\n"))
-    with Engine("idle", {}, tmp_path / "log") as engine:
+    with Engine("plain", {}, tmp_path / "log") as engine:
         assert engine.ask(call="run") == {}
-        rest([engine])
+        assert engine.cpu_seconds() >= 0
+    assert engine._process.returncode == 0
