@@ -59,9 +59,21 @@ def conditions(result: Mapping[str, Any]) -> str:
         f"Llama of {work['parameters'] / 1e6:.0f}M random weights, {work['dtype']}, "
         f"{'compiled' if work['compiled'] else 'eager'}, prefix cache {'on' if work['prefix_cache'] else 'off'}; "
         f"{_loads([Load(**load) for load in work['loads']])}; {done} round{'s' * (done != 1)}, seed "
-        f"{work['seed']}. "
-        f"{record.origin(result)}"
+        f"{work['seed']}. {_engines(result['engines'])}{record.origin(result)}"
     )
+
+
+def _engines(facts: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which of vLLM's model runners, and which engines run otherwise than plain vLLM's."""
+
+    def how(engine: Mapping[str, Any]) -> str:
+        return f"model runner V{engine['model_runner']}, {'compiled' if engine['compiled'] else 'eager'}"
+
+    if "model_runner" not in facts[PLAIN]:  # of the former format
+        return ""
+    others = {name: how(engine) for name, engine in facts.items() if how(engine) != how(facts[PLAIN])}
+    but = "".join(f"; {name}: {text}" for name, text in others.items())
+    return f"M{how(facts[PLAIN])[1:]}{but}. "
 
 
 def _loads(loads: list[Load]) -> str:

@@ -20,6 +20,7 @@ class Probe:
 
     def __init__(self, *, steered: bool, **arguments: Any) -> None:
         import vllm
+        from vllm.config import CompilationMode
         from vllm.platforms import current_platform
 
         from .llm import LLM
@@ -28,13 +29,14 @@ class Probe:
         core: Any = self._llm.llm_engine.engine_core
         self._steps: list[tuple[float, list[str]]] = []
         core.get_output = self._noting(core.get_output)
-        self._caches: bool = self._llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
+        config = self._llm.llm_engine.vllm_config
+        self._caches: bool = config.cache_config.enable_prefix_caching
         self.facts = {
             "vllm": vllm.__version__,
             "device": current_platform.get_device_name(),
-            "compiled": not self._llm.llm_engine.vllm_config.model_config.enforce_eager,
-            "dtype": str(self._llm.llm_engine.vllm_config.model_config.dtype).removeprefix("torch."),
-            "model_runner": 2 if self._llm.llm_engine.vllm_config.use_v2_model_runner else 1,
+            "compiled": config.compilation_config.mode != CompilationMode.NONE,  # vLLM itself may decide so
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "model_runner": 2 if config.use_v2_model_runner else 1,
         }
 
     def load(self, folders: dict[str, str]) -> dict[str, Any]:

@@ -44,7 +44,8 @@ def result() -> dict[str, Any]:
         for number in range(5)
         for turn, case in enumerate(CASES)
     ]
-    facts = {"plain": {"vllm": "0.32.0", "device": "cpu", "compiled": True, "dtype": "float32"}}
+    plain = {"vllm": "0.32.0", "device": "cpu", "compiled": True, "dtype": "float32", "model_runner": 2}
+    facts = {"plain": plain, "steered": plain}
     return assemble(WORKLOAD, CASES, Outcome(samples, {case.key: 1.0 for case in CASES}, facts))
 
 
@@ -116,6 +117,12 @@ def test_conditions_name_the_work(result: dict[str, Any]) -> None:
         "Llama of 104M random weights, float32, compiled, prefix cache off; decode at batch 1, 16, 32 tokens in, 64 "
         "out; prefill of 2x256 tokens; 5 rounds, seed 0."
     )
+
+
+def test_engines_that_run_otherwise_are_named(result: dict[str, Any]) -> None:
+    assert "seed 0. Model runner V2, compiled. " in conditions(result)
+    result["engines"]["lora"] = {**result["engines"]["plain"], "compiled": False, "model_runner": 1}
+    assert "seed 0. Model runner V2, compiled; lora: model runner V1, eager. " in conditions(result)
 
 
 def test_rounds_are_those_that_were_run(result: dict[str, Any]) -> None:
