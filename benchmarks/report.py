@@ -13,6 +13,7 @@ import curves
 import http_path
 import kernels
 import loading
+import ops
 import prefix
 import serving
 import step
@@ -28,6 +29,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernels": kernels.markdown,
     "decode": tables.markdown,  # `steer-vllm bench`, format 1
     "offline": tables.markdown,
+    "ops": ops.markdown,
     "http": http_path.markdown,
     "loading": loading.markdown,
     "prefix": prefix.markdown,
