@@ -173,12 +173,15 @@ class Names:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_IDLE):
                     await self._stir.wait()
+            stirred = self._stir.is_set()
             self._stir.clear()
             try:
                 await self.refresh()
-                async with self._fetching:
-                    if not self._held <= self.catalog.needed:  # gives back what is no longer needed
-                        await self._fetch()
+                if stirred:  # else nothing is needed less than before, and to look takes longer the more there is
+                    async with self._fetching:
+                        if not self._held <= self.catalog.needed:  # gives back what is no longer needed
+                            await self._fetch()
             except EngineUnavailable as error:
+                self._stir.set()
                 log.warning("names cannot be fetched: %s", error)
                 await asyncio.sleep(_AFTER_ERROR)

@@ -29,7 +29,8 @@ class Engine(Protocol):
     """What the registry asks of the engine."""
 
     async def load(self, folder: str, digest: str) -> Summary:
-        """Load on every rank. Errors: `ArtifactInvalid`, `EngineUnavailable`. Loading what is there is no error."""
+        """Load on every rank; no error where it is there. Errors: `ArtifactInvalid`, `HostMemoryFull`,
+        `EngineUnavailable`."""
 
     async def base(self) -> Fingerprint:
         """The model served now. Errors: `EngineUnavailable` while that is not known."""
@@ -75,7 +76,8 @@ class Registry:
         """Load an artifact and publish it. The same content under the same name again is no error.
 
         Errors: `InvalidIntervention` for the name or source; `ArtifactInvalid`; `ArtifactExists` when the name has
-        other content and load_inplace is false; `EngineUnavailable`. On any error everything is as before.
+        other content and load_inplace is false; `HostMemoryFull`; `EngineUnavailable`. On any error everything is as
+        before.
         """
         for base_name in self.base_names:
             name = check_name(name, base_name)

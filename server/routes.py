@@ -50,7 +50,7 @@ async def show_intervention(request: Request, name: str) -> dict[str, Any]:
 
 @router.post("/v1/load_intervention")
 async def load_intervention(request: Request) -> dict[str, Any]:
-    """Load an artifact and publish its name. Errors: 400, 403, 409, 422, 503."""
+    """Load an artifact and publish its name. Errors: 400, 403, 409, 422, 503, 507."""
     asked = await _read(request, Load)
     entry = await _registry(request).load(asked.name, asked.source, load_inplace=asked.load_inplace)
     return entry.to_json()

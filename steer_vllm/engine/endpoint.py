@@ -76,9 +76,11 @@ async def _start(engine_client: Any, state: Any, settings: Settings, board: Boar
     registry.names.follow()
     state.steer = front
     log.info(
-        "steer-vllm: %d interventions, tables of %.1f MB per rank (%d), %s, API server %d of %d",
+        "steer-vllm: %d interventions, tables of %.1f MB and at most %g GiB of host memory per rank (%d), %s, "
+        "API server %d of %d",
         len(registry.catalog),
         facts.table_bytes / (1 << 20),
+        facts.config.memory_gib,
         facts.ranks,
         facts.dtype,
         1 + book.server,
