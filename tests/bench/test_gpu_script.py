@@ -22,6 +22,12 @@ def test_help_lists_the_stages(root: Path) -> None:
         assert len(re.findall(rf"^    {stage}\(\) {{", text, re.MULTILINE)) == 2, "on a GPU and in a dry run"
 
 
+def test_every_script_is_there(root: Path) -> None:
+    named = set(re.findall(r"\bscript ([a-z_]+) --", (root / "benchmarks" / "gpu.sh").read_text()))
+    assert {"kernels", "ops", "training"} <= named
+    assert all((root / "benchmarks" / f"{name}.py").is_file() for name in named)
+
+
 def test_mistakes_are_said(root: Path, tmp_path: Path) -> None:
     for arguments in ((), ("--no-such", str(tmp_path)), (str(tmp_path), "no-such-stage")):
         done = run(root, *arguments)
