@@ -15,7 +15,8 @@ from typing import Any
 
 from steer_vllm import LLM
 from steer_vllm.errors import SteerError
-from steer_vllm.request import EXTRA_ARG, bind, parse
+from steer_vllm.plan import Content, nominal_contents
+from steer_vllm.request import EXTRA_ARG, Steering, bind, parse
 
 IDLE_STEPS, IDLE_SECONDS = 2000, 60.0
 """Steps without an output, and their time, after which a case is given up. A grammar is compiled beside the steps."""
@@ -86,7 +87,7 @@ class Player:
                 response_start=request["response_start"],
                 scored=params.prompt_logprobs is not None,
             )
-            needs = self.llm._contents(steering)
+            needs = self._needs(steering)
             result["rows"] = [
                 len(needs[table].union(*(held[table] for held in self.asked.values()))) for table in (0, 1)
             ]
@@ -105,6 +106,14 @@ class Player:
             return
         if request["abort_after"] is not None:
             self.deadlines[number] = step + request["abort_after"]
+
+    def _needs(self, steering: Steering | None) -> tuple[set[Content], set[Content]]:
+        """What a request needs of the additive and of the low-rank table, as its front can know."""
+        if steering is None:
+            return set(), set()
+        summaries = {entry.digest: entry.summary for entry in self.llm._catalog}
+        facts = self.llm._facts
+        return nominal_contents(steering.components, summaries, facts.config, facts.largest)
 
     def _prompt(self, number: int, request: dict[str, Any]) -> list[int]:
         """The prompt's tokens: after the first turn where there is one that has ended."""
