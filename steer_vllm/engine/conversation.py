@@ -66,20 +66,25 @@ class EngineFacts:
 def load(folder: str, digest: str) -> Conversation[Summary]:
     """Two phases: prepare on every rank of every engine while steps go on, then one short commit.
 
+    A commit that comes too early is answered "busy". To ask beforehand would be one call more, and a call waits for a
+    step of those who decode.
+
     Whatever goes wrong, a caller that gives up included, everything is as it was: a load that was begun is dropped, and
     what was committed is withdrawn where nothing had opened it before.
     """
     begun: Answers = {}
+    done: Answers = {}
     committing = False
     try:
-        answers = begun = yield Call("steer_begin", (folder, digest), leave=True)
-        pause = 0.002
-        while busy := _having(_all_well(answers), "busy"):
-            yield Wait(pause)
-            pause = min(1.5 * pause, 0.05)
-            answers = answers | (yield Call("steer_poll", (digest,), busy, leave=True))
+        begun = _all_well((yield Call("steer_begin", (folder, digest), leave=True)))
+        coming, early, pause = tuple(begun), _having(begun, "busy"), 0.002
         committing = True
-        done = _all_well((yield Call("steer_commit", (digest,), leave=True)))
+        while coming:
+            if early:
+                yield Wait(pause)
+                pause = min(1.5 * pause, 0.05)
+            done |= _all_well((yield Call("steer_commit", (digest,), coming, leave=True)))
+            coming = early = _having(done, "busy")
     except Exception:
         yield Call("steer_drop", (digest,))
         if committing:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import EngineUnavailable, SteerError, Unsupported
+from ..errors import SteerError, Unsupported
 from ..plan import PartSummary, merge
 from . import adapters, weights
 from .admission import Admission
@@ -26,7 +26,7 @@ def install() -> None:
     from vllm.v1.engine.core import EngineCore
 
     weights.install(EngineCore, _ask_ranks)
-    loading = (steer_begin, steer_poll, steer_commit, steer_drop, steer_close, steer_free)
+    loading = (steer_begin, steer_commit, steer_drop, steer_close, steer_free)
     for utility in (*loading, steer_adapter, steer_settle, steer_base, steer_facts):
         setattr(EngineCore, utility.__name__, utility)
 
@@ -55,20 +55,15 @@ def steer_begin(self: Any, folder: str, digest: str) -> Answer:
 
 
 @answered
-def steer_poll(self: Any, digest: str) -> Answer:
-    """Utility: "ready" when every rank is."""
-    return _ask_ranks(self, "steer_poll", digest)[0]
-
-
-@answered
 def steer_commit(self: Any, digest: str) -> Answer:
-    """Utility: make it usable on every rank, or on none. Requests may name it from here on."""
+    """Utility: make it usable on every rank, or on none: "busy" while one still prepares it. Requests may name it from
+    here on."""
     admission = _required(self)
     summary = admission.reopen(digest)
     if summary is None:
-        ready = steer_poll(self, digest)
-        if ready["state"] != "ready":  # the commit is a collective: all ranks come to it or none
-            raise EngineUnavailable(ready.get("message", f"committed while it was {ready['state']}"))
+        prepared = _ask_ranks(self, "steer_poll", digest)[0]
+        if prepared["state"] != "ready":  # the commit is a collective: all ranks come to it or none
+            return prepared
         worst, answers = _ask_ranks(self, "steer_commit", digest)
         if worst["state"] != "done":
             _ask_ranks(self, "steer_free", digest)

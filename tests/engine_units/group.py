@@ -97,8 +97,8 @@ class Client:
         await asyncio.sleep(0)
         if fate == "lost before":
             raise RuntimeError("lost on the way there")
-        if fate == "broken":
-            self.engines[engine].ranks[1].broken.add(method)
+        if fate in ("broken", "spoilt"):
+            self.engines[engine].ranks[1].broken.add(method if fate == "broken" else "steer_poll")
         answer = self.engines[engine].call(method, args)
         self.engines[engine].ranks[1].broken.clear()
         if fate == "lost behind":

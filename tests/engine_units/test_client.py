@@ -75,12 +75,11 @@ def ask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ask:
 
 
 def test_load(ask: Ask) -> None:
-    core = Core(begin=[{**BUSY, **NEW}], poll=[BUSY, BUSY, READY], commit=[DONE])
+    core = Core(begin=[{**BUSY, **NEW}], commit=[BUSY, BUSY, DONE])
     assert ask(core, "load", "folder", "digest") == Summary("digest", (PART,))
     assert core.calls == [
         ("steer_begin", "folder", "digest"),
-        *[("steer_poll", "digest")] * 3,
-        ("steer_commit", "digest"),
+        *[("steer_commit", "digest")] * 3,
     ]
 
 
@@ -94,17 +93,17 @@ def test_content_that_is_there_is_not_read_again(ask: Ask) -> None:
     "answers",
     [
         {"begin": [{**BAD, **NEW}]},
-        {"begin": [{**BUSY, **NEW}], "poll": [BAD]},
-        {"begin": [{**BUSY, **NEW}], "poll": [BUSY, BAD]},
+        {"begin": [{**BUSY, **NEW}], "commit": [BAD]},
+        {"begin": [{**BUSY, **NEW}], "commit": [BUSY, BAD]},
     ],
 )
 def test_a_refusal_is_cleaned_up_and_said(ask: Ask, answers: dict[str, list[Any]]) -> None:
     """Invariant: on every rank or on none: what some ranks have read is dropped, and the first refusal is the error."""
-    core = Core(**answers, drop=[{"state": "done"}])
+    core = Core(**answers, drop=[FINE], close=[READY], free=[FINE])
     with pytest.raises(ArtifactInvalid, match="head 99"):
         ask(core, "load", "folder", "digest")
-    assert core.calls[-1] == ("steer_drop", "digest")
-    assert "commit" not in core.methods
+    asked = core.methods[sum(map(len, answers.values())) :]
+    assert asked == (["drop", "close", "free"] if "commit" in answers else ["drop"])
 
 
 @pytest.mark.parametrize("answer", [BAD, LOST])
@@ -124,15 +123,15 @@ def test_content_that_was_open_before_stays(ask: Ask) -> None:
     assert core.methods == ["begin", "commit", "drop"]
 
 
-@pytest.mark.parametrize("at", ["begin", "poll"])
+@pytest.mark.parametrize("at", ["begin", "commit"])
 def test_a_lost_reply_is_cleaned_up(ask: Ask, at: str) -> None:
     """The call may have been done: what it left is dropped, and the front is told that the engine did not answer."""
-    answers: dict[str, list[Any]] = {"begin": [{**BUSY, **NEW}], "poll": [READY], "drop": [FINE]}
+    answers: dict[str, list[Any]] = {"begin": [{**BUSY, **NEW}], "drop": [FINE], "close": [READY], "free": [FINE]}
     answers[at] = [LOST]
     core = Core(**answers)
     with pytest.raises(EngineUnavailable, match="RuntimeError: the pipe is closed"):
         ask(core, "load", "folder", "digest")
-    assert core.calls[-1] == ("steer_drop", "digest")
+    assert core.methods == ["begin", "drop"] if at == "begin" else ["begin", "commit", "drop", "close", "free"]
 
 
 def test_a_core_that_is_gone_is_one_error(ask: Ask) -> None:
@@ -215,10 +214,10 @@ def test_an_engine_in_this_process() -> None:
 
 
 def test_waits_grow_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A load of a second is polled a dozen times, not five hundred."""
+    """The engine is asked a dozen times in a load of a second, not five hundred."""
     waits: list[float] = []
     monkeypatch.setattr(client.time, "sleep", waits.append)
-    core = Core(begin=[{**BUSY, **NEW}], poll=[BUSY] * 12 + [READY], commit=[DONE])
+    core = Core(begin=[{**BUSY, **NEW}], commit=[*[BUSY] * 12, DONE])
     SyncEngine(Holder(core)).load("folder", "digest")
     assert waits == sorted(waits)
     assert waits[-1] == 0.05
