@@ -89,6 +89,7 @@ class Registry:
         self.catalog.check_free(name, digest, load_inplace)
         # Anew, for a reload of weights may have brought another model; beside the turn, for any answer takes a step.
         asked = asyncio.ensure_future(self._engine.base())
+        asked.add_done_callback(lambda done: done.cancelled() or done.exception())  # without a turn nobody asks it
         try:
             async with self._turn(digest) as token:
                 check_fit(intervention, await asked, self._config, str(folder))

@@ -124,7 +124,8 @@ class _Rows:
 
     def edits(self) -> list[Edits]:
         """Content of the rows from 1 up."""
-        return [unpack(gather(Fill(row, content), self._store), self._layout) for content, row in self._row.items()]
+        packed = (gather(Fill(row, content), self._store, "cpu") for content, row in self._row.items())
+        return [unpack(part, self._layout) for part in packed]
 
     def _number(self, content: Content | None) -> int:
         return 0 if content is None else self._row.setdefault(content, len(self._row) + 1)

@@ -102,12 +102,20 @@ def check_tables(parts: Iterable[Edits], config: SteerConfig, where: str) -> Non
                     )
 
 
-def packed_bytes(edits: Edits, layout: Layout, dtype: torch.dtype) -> int:
-    """What `pack` will allocate, as `Packed.nbytes` says it afterwards."""
+def packed_bytes(edits: Edits, layout: Layout, dtype: torch.dtype, *, pinned: bool) -> int:
+    """The host memory that `pack` will keep, pinned or not. torch rounds page-locked memory up to a power of two."""
+    places, rank = _extent(edits, layout)
+    ranks = len(layout.low_rank) * rank
+    numbers = (places * layout.hidden_size, ranks * layout.hidden_size, ranks * layout.hidden_size, ranks)
+    sizes = [number * dtype.itemsize for number in numbers if number]
+    return sum(1 << (size - 1).bit_length() if pinned else size for size in sizes)
+
+
+def _extent(edits: Edits, layout: Layout) -> tuple[int, int]:
+    """The places that the offsets are stored for, and the rank of all low-rank parts; 0 where there are none."""
     rank = max((edit.low_rank.rank for edit in edits.values() if edit.low_rank), default=0)
-    offsets = len(layout.additive) if any(edit.offset is not None for edit in edits.values()) else 0
-    numbers = offsets * layout.hidden_size + len(layout.low_rank) * rank * (2 * layout.hidden_size + 1)
-    return numbers * dtype.itemsize
+    offsets = any(edit.offset is not None for edit in edits.values())
+    return len(layout.additive) if offsets else 0, rank if layout.low_rank else 0
 
 
 def pack(edits: Edits, layout: Layout, dtype: torch.dtype, where: str) -> Packed:
@@ -115,13 +123,13 @@ def pack(edits: Edits, layout: Layout, dtype: torch.dtype, where: str) -> Packed
 
     Errors: `ArtifactInvalid` when a value is not finite in `dtype`.
     """
-    rank = max((edit.low_rank.rank for edit in edits.values() if edit.low_rank), default=0)
+    places, rank = _extent(edits, layout)
     packed = Packed(
         offset=torch.stack([_offset(edits.get(place), layout.hidden_size) for place in layout.additive]).to(dtype)
-        if layout.additive and any(edit.offset is not None for edit in edits.values())
+        if places
         else None,
         low_rank=_stack([_low_rank(edits.get(place), rank, layout.hidden_size) for place in layout.low_rank], dtype)
-        if layout.low_rank and rank
+        if rank
         else None,
     )
     if not all(bool(torch.isfinite(tensor).all()) for tensor in packed._tensors()):

@@ -106,7 +106,7 @@ class SlotTables:
             into[:, rank:].zero_()
 
 
-def gather(fill: Fill, store: Store, device: torch.device | str = "cpu") -> Packed:
+def gather(fill: Fill, store: Store, device: torch.device | str) -> Packed:
     """The packed content of a row: the part itself when it stands alone, else the composition, made on the device."""
     terms = fill.content
     if len(terms) == 1 and terms[0].scale == 1.0:

@@ -38,7 +38,7 @@ class AsyncEngine:
     async def load(self, folder: str, digest: str) -> Summary:
         """Bring an artifact folder into every rank of every engine, or into none; a cancelled load leaves nothing.
 
-        Errors: `ArtifactInvalid` as the first rank to refuse says it, `EngineUnavailable`.
+        Errors: `ArtifactInvalid` and `HostMemoryFull` as the first rank to refuse says it, `EngineUnavailable`.
         """
         return await self._run(conversation.load(folder, digest))
 

@@ -30,13 +30,15 @@ class Compilation:
         self.intervention = intervention
         self._steering = steering
         self._where = where
+        self._pinned = steering.device.type == "cuda"
         self._heads: dict[int, torch.Tensor] = {}  # layer -> [num_heads * head_dim] before the projection
         self.projected: dict[int, torch.Tensor] = {}
         parts = intervention.compile(self._collect)
         for edits in parts:
             steering.binding.check(edits, where)
         self.heads = tuple(self._heads)
-        packed = (packed_bytes(steering.binding.share(edits), steering.layout, steering.dtype) for edits in parts)
+        shares = [steering.binding.share(edits) for edits in parts]
+        packed = (packed_bytes(s, steering.layout, steering.dtype, pinned=self._pinned) for s in shares)
         kept = sum(tensor.nbytes for tensor in intervention.tensors.values()) if self.heads else 0
         self.nbytes = sum(packed) + kept
         """Host memory that it takes as long as it is loaded."""
@@ -95,7 +97,7 @@ class Compilation:
         parts = self.intervention.compile(lambda layer, heads: projected[layer])
         packed = [pack(steering.binding.share(edits), steering.layout, steering.dtype, self._where) for edits in parts]
         self._heads, self.projected = {}, {}
-        return tuple(part.pinned() if steering.device.type == "cuda" else part for part in packed)
+        return tuple(part.pinned() if self._pinned else part for part in packed)
 
 
 @answered

@@ -11,6 +11,7 @@ import itertools
 import os
 import sys
 import threading
+from contextlib import suppress
 
 import torch
 
@@ -38,37 +39,46 @@ class Load:
         self.spoilt = False
         self.abandoned = False
         self.answer: Answer = {"state": "busy"}
-        # Its own: a copy to the host waits for its stream, and that of the steps is never done.
-        self._stream = torch.cuda.Stream(steering.device) if steering.device.type == "cuda" else None
+        if steering.loading is not None:  # weights that are still on their way are read behind that
+            steering.loading.wait_stream(torch.cuda.current_stream(steering.device))
         self.thread = threading.Thread(target=self._run, name=f"steer-load-{digest[:12]}", daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
         if _CORES:
-            os.sched_setaffinity(0, _CORES)  # of this thread
+            with suppress(OSError):  # a sandbox may not allow it: slower, and nothing else
+                os.sched_setaffinity(0, _CORES)  # of this thread
         self.answer = self._prepare()
 
     @answered
     @torch.inference_mode()
     def _prepare(self) -> Answer:
         steering = self.steering
+        if steering.loading is not None:
+            torch.cuda.set_device(steering.device)  # of this thread: that of a new one is the first
         intervention = Intervention.load(self.folder)
         if intervention.digest != self.digest:
             raise ArtifactInvalid(f"{self.folder}: changed while it was loaded (sha256 {intervention.digest})")
         check_fit(intervention, steering.base, steering.config, self.folder)
         self.compilation = Compilation(steering, intervention, self.folder)
         steering.memory.reserve(self, self.compilation.nbytes, self.folder)
-        if self.abandoned:  # before it could have released this
-            steering.memory.release(self)
-        with torch.cuda.stream(self._stream):
+        self._go_on()
+        with torch.cuda.stream(steering.loading):
             self.compilation.project(plain=True)
+        self._go_on()
         self.parts = self.compilation.pack_alone()
         for part in self.parts:
             part.summary()  # looks at every entry, which the commit need not do while steps wait
         return {"state": "ready"}
 
+    def _go_on(self) -> None:
+        """Errors: `ArtifactInvalid` once nobody waits for it any more: what it takes from here on is not counted."""
+        if self.abandoned:
+            self.steering.memory.release(self)  # it may have been reserved since
+            raise ArtifactInvalid(f"{self.folder}: its load was given up")
+
     def abandon(self) -> None:
-        """Nobody will commit it. Its thread runs to its end."""
+        """Nobody will commit it. Its thread ends soon."""
         self.abandoned = True
         self.steering.memory.release(self)
 

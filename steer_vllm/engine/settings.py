@@ -15,7 +15,7 @@ from ..errors import StartupRefused
 from ..fingerprint import Fingerprint
 
 KEY = "steer_vllm"
-VERSION = 1
+VERSION = 2
 """Raised when the same settings trace to another graph: part of the compile-cache key through `entry`."""
 
 

@@ -62,6 +62,9 @@ class WorkerSteering:
         self.head_layers: dict[str, frozenset[int]] = {}
         self.memory = HostMemory(config.memory_bytes)
         self.pending: dict[str, Load] = {}
+        # For loads, one for all: torch keeps what each stream has freed for itself. Its own, since a copy to the host
+        # waits for its stream, and that of the steps is never done.
+        self.loading = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.bases: dict[str, Fingerprint] = {}
         self.compilations: dict[str, Compilation] = {}
         self._batch: list[str] | None = None  # whose rows these are; None: to be looked up
@@ -71,6 +74,13 @@ class WorkerSteering:
         self.asleep = False
         self.stale = False  # from when weights may have changed until everything that depends on them is computed again
         wrap(self.binding, self.tables, self.tokens)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Route one token of nobody: the kernel is compiled now, and not when the first steered request comes."""
+        nobody = torch.zeros(2, dtype=torch.int32, device=self.device)
+        self.requests.route(nobody[:1].long(), nobody, nobody[:1], 1, self.tokens)
+        self.tokens.clear()
 
     def restore(self) -> None:
         """Write everything again that is on the device, which has lost it. The host knows what was where."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from core.make import BASE, direction, lofit, loreft, places, randn
@@ -12,7 +14,7 @@ from steer_vllm.config import SteerConfig
 from steer_vllm.edit import Edit, Edits, LowRank, Place, Site
 from steer_vllm.errors import ArtifactInvalid
 from steer_vllm.ops import reference
-from steer_vllm.packed import Layout, Packed, check_tables, compose, pack, unpack
+from steer_vllm.packed import Layout, Packed, check_tables, compose, pack, packed_bytes, unpack
 
 HIDDEN = BASE.hidden_size
 CONFIG = SteerConfig(additive_sites=tuple(Site), low_rank_sites=tuple(Site))
@@ -99,6 +101,15 @@ def test_summary() -> None:
     nothing = pack({}, LAYOUT, torch.float32, "here")
     assert nothing.summary() == (False, 0, 0.0)
     assert nothing.nbytes == 0
+
+
+@pytest.mark.parametrize(("rank", "layout"), [(0, LAYOUT), (3, LAYOUT), (3, Layout(HIDDEN, (), LAYOUT.low_rank))])
+def test_bytes_are_known_beforehand(rank: int, layout: Layout) -> None:
+    edits = random_edits(0, rank=rank)
+    packed = pack(edits, layout, torch.bfloat16, "here")
+    assert packed_bytes(edits, layout, torch.bfloat16, pinned=False) == packed.nbytes > 0
+    rounded = sum(2 ** math.ceil(math.log2(tensor.nbytes)) for tensor in packed._tensors())
+    assert packed_bytes(edits, layout, torch.bfloat16, pinned=True) == rounded
 
 
 def test_places_of_other_ranks_are_left_to_them() -> None:

@@ -118,7 +118,7 @@ def test_a_composed_row(tables: SlotTables) -> None:
 
 def test_a_single_term_with_its_scale_baked() -> None:
     """Beside a term of the other table a single one is baked, too."""
-    found = gather(Fill(1, (Term("add", 0, 0.5),)), STORE)
+    found = gather(Fill(1, (Term("add", 0, 0.5),)), STORE, "cpu")
     torch.testing.assert_close(found.offset, 0.5 * STORE["add", 0].offset)  # type: ignore[operator]
 
 

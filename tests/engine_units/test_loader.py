@@ -42,6 +42,7 @@ class Rank:
         self.store: dict[tuple[str, int], Packed] = {}
         self.head_layers: dict[str, frozenset[int]] = {}
         self.memory = HostMemory(1 << 20)
+        self.loading = None
         self.pending: dict[str, loader.Load] = {}
         self.bases: dict[str, Any] = {}
         self.compilations: dict[str, Any] = {}
