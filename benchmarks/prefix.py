@@ -15,11 +15,13 @@ import os
 import random
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from harness import model
+from harness.target import Interval, Target
 
 from steer_vllm.bench import record
 from steer_vllm.bench.artifacts import make
@@ -30,8 +32,6 @@ from steer_vllm.fingerprint import Fingerprint
 FORMAT = 1
 QUESTION = 24
 """Tokens of a tenant's own behind the system prompt."""
-TARGET = 1.10
-"""Of the base model's time with its prompt cached."""
 FIRST, BASE, STEERED, SALTED = "first", "base", "steered", "salted"
 TITLES = {
     FIRST: "the first, nothing cached",
@@ -39,6 +39,17 @@ TITLES = {
     STEERED: "an intervention of its own at response positions",
     SALTED: "the base model with a cache salt of its own",
 }
+
+
+def of_base(result: Mapping[str, Any]) -> Interval:
+    """The time of tenants with interventions, of that of the base model with its prompt cached."""
+    (found,) = (row["of_base"] for row in result["modes"] if row["mode"] == STEERED)
+    return Interval(found["median"], found["low"], found["high"])
+
+
+TARGETS = (
+    Target("first token of a later tenant, of the base model's with its prompt cached", 1.10, "{:.1%}", of_base),
+)
 
 
 @dataclass(frozen=True)
@@ -151,8 +162,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"Time to first token of {load['tenants']} tenants, one after the other, over one system prompt of "
         f"{load['system_tokens']:,} tokens and {QUESTION} of their own, offline; random-weight Llama ({load['shape']}, "
         f"{load['model']['num_hidden_layers']} layers, {load['dtype']}), KV blocks of {result['block_size']} tokens, "
-        f"{load['rounds']} rounds. Target: tenants with interventions at most {TARGET:.0%} of the base model's time "
-        "with its prompt cached. Blocks are those that all tenants of a round had to fill. "
+        f"{load['rounds']} rounds. Blocks are those that all tenants of a round had to fill. "
         f"{record.origin(result)}",
         "",
         record.how(result),

@@ -17,6 +17,7 @@ import ops
 import prefix
 import serving
 import step
+from harness import target
 
 import training
 from steer_vllm.bench import record, tables, targets
@@ -39,10 +40,14 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 """By the key `benchmark` of a result: its section in Markdown, without the heading."""
 
+TARGETS = {"step": step.TARGETS, "loading": loading.TARGETS, "prefix": prefix.TARGETS, "http": http_path.TARGETS}
+"""By the key `benchmark` too; those of `steer-vllm bench` are in `steer_vllm.bench.targets`."""
+
 HEAD = """\
 # Results
 
-Written by `python benchmarks/report.py` from the JSON files in `results/`, which hold every sample.
+Written by `python benchmarks/report.py` from the JSON files in `results/`, which hold the samples. In the tables of
+targets stand medians and their 95% bootstrap intervals; a target is open while the interval lies on both sides of it.
 
 How `steer-vllm bench` measures: engines with and without the plugin run at the same time in processes of their own, and
 one works at a time. A round runs every mode once, in random order; a turn begins when the other engines use no CPU. All
@@ -59,7 +64,7 @@ def markdown(results: Mapping[str, dict[str, Any]], drawn: Collection[str] = ())
 
     Errors: `BenchmarkInvalid` for a benchmark without a renderer.
     """
-    parts = [HEAD, targets.overview(offline(results).values())]
+    parts = [HEAD, targets.overview(offline(results).values()), target.overview(TARGETS, results.values())]
     for name, one in results.items():
         if one["benchmark"] not in RENDERERS:
             raise BenchmarkInvalid(f"{name}: no renderer for {one['benchmark']!r}, only for {', '.join(RENDERERS)}")

@@ -161,7 +161,7 @@ class History:
         await asyncio.sleep(20 * _IDLE)
         book = self.core.book
         assert not self.engine.loaded
-        assert (book._holders, book._turns) == ({}, {})
+        assert (book._known, book._turns) == (set(), {})
         for server in self.servers:
             assert not server.catalog.needed
             assert not server._freeing

@@ -1,0 +1,78 @@
+"""What may be at most so large, beside the throughput that `steer_vllm.bench.targets` asks for, and whether it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+RESAMPLES = 10_000
+
+
+class Interval(NamedTuple):
+    """A value, and between what it is with 95% certainty."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Interval:
+        """Of their median, by percentile bootstrap (Efron 1979)."""
+        return cls._between(float(np.median(samples)), _medians(samples, 0))
+
+    @classmethod
+    def slowdown(cls, rates: Sequence[float], before: Sequence[float]) -> Interval:
+        """By how much the median of rates is below that of the rates before; samples that are not paired."""
+        value = 1 - float(np.median(rates)) / float(np.median(before))
+        return cls._between(value, 1 - _medians(rates, 0) / _medians(before, 1))
+
+    @classmethod
+    def _between(cls, value: float, drawn: np.ndarray) -> Interval:
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        return cls(value, float(low), float(high))
+
+
+def _medians(samples: Sequence[float], seed: int) -> np.ndarray:
+    values = np.asarray(samples)
+    return np.median(values[np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))], axis=1)
+
+
+@dataclass(frozen=True)
+class Target:
+    """most: the value's bound. form: how values are written. measured: it in a result, None where that has none."""
+
+    what: str
+    most: float
+    form: str
+    measured: Callable[[Mapping[str, Any]], Interval | None]
+
+    def verdict(self, found: Interval) -> str:
+        """In a word: open where the interval lies on both sides."""
+        return "met" if found.high <= self.most else "not met" if found.low > self.most else "open"
+
+
+def on_gpu(result: Mapping[str, Any]) -> bool:
+    """Whether it was measured on an accelerator."""
+    return result["hardware"]["device"] not in (None, "cpu")
+
+
+def overview(targets: Mapping[str, Sequence[Target]], results: Iterable[Mapping[str, Any]]) -> str:
+    """A table of all targets by the benchmark that measures them, from the newest results. Unmeasured: empty."""
+    newest = sorted(results, key=lambda result: str(result["time"]), reverse=True)
+    lines = ["## Targets: latency and the host", "", "| at most | | on CPUs | on a GPU |", "|---|---|---|---|"]
+    for benchmark, row in ((benchmark, one) for benchmark, those in targets.items() for one in those):
+        of = [result for result in newest if result["benchmark"] == benchmark]
+        cells = [_cell(row, [result for result in of if on_gpu(result) == gpu]) for gpu in (False, True)]
+        lines.append(f"| {row.what} | {row.form.format(row.most)} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _cell(target: Target, results: Iterable[Mapping[str, Any]]) -> str:
+    found = next(filter(None, map(target.measured, results)), None)
+    if found is None:
+        return ""
+    value, low, high = map(target.form.format, found)
+    return f"{value} ({low} to {high}), {target.verdict(found)}"
