@@ -55,7 +55,8 @@ requests of the batch start together; timed are the decode steps in which all of
 clock, or, of a prefill, the time from the call to the last first token. A ratio is taken within each round; shown are
 its median over the rounds, the 95% bootstrap interval of that median, and the quartiles. `distinct` is the number of
 different interventions in the batch, `first ms` the time until every request has its first token. `control` is a second
-process of plain vLLM: it says what two processes differ by without a cause.
+process of plain vLLM: it says what two processes differ by without a cause. On CPUs core and worker are in one process,
+so that engines which wait use no core, and nothing that the plugin does is hidden behind the core's work.
 """
 
 

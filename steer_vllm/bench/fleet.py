@@ -25,6 +25,12 @@ _EVERY = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
+_ON_CPU = {
+    # Core and worker in the engine's one process: the worker's would poll for a second after every turn, on the few
+    # cores that the next engine wants, and what the plugin does would hide behind what the core does meanwhile.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_AOT_COMPILE": "0",
+}
 _GIB = 1 << 30
 _GPU_BLOCK = 16
 """KV block size of vLLM's attention on a GPU; several engines share its memory."""
@@ -127,4 +133,4 @@ def _memory(workload: Workload) -> tuple[dict[str, Any], dict[str, str]]:
     if torch.cuda.is_available():
         return {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": workload.kv_bytes(_GPU_BLOCK)}, {}
     space = -(-workload.kv_bytes(ALIGN) // _GIB)
-    return {"gpu_memory_utilization": 0.1}, {"VLLM_CPU_KVCACHE_SPACE": str(space), "VLLM_USE_AOT_COMPILE": "0"}
+    return {"gpu_memory_utilization": 0.1}, {"VLLM_CPU_KVCACHE_SPACE": str(space), **_ON_CPU}
