@@ -40,8 +40,9 @@ def draw(result: Mapping[str, Any], path: Path) -> bool:
         for mode, of in modes.items():
             counts = [row.distinct for row in of]
             axes.plot(counts, [100 * row.ratio.median for row in of], marker="o", markersize=4, label=mode)
-            low, high = [100 * row.ratio.low for row in of], [100 * row.ratio.high for row in of]
-            axes.fill_between(counts, low, high, alpha=0.2)
+            if all(row.ratio.sure for row in of):
+                low, high = [100 * row.ratio.low for row in of], [100 * row.ratio.high for row in of]
+                axes.fill_between(counts, low, high, alpha=0.2)
         numbers = sorted({row.distinct for of in modes.values() for row in of})
         axes.axhline(100, color="gray", linewidth=0.8)
         axes.set_xscale("log", base=2)

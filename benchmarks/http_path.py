@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness import isolated, model, servers, turns
+from harness import isolated, model, script, servers, turns
 from harness.client import Client
 from harness.target import Interval, Target
 from harness.turns import PLAIN, Mode
@@ -80,8 +80,7 @@ def serve(options: argparse.Namespace, streams: Sequence[int], folder: Path) -> 
     found = []
     with ExitStack() as stack:
         started = servers.start(options, MODES, context, max(streams), folder, stack)
-        client = Client(folder / "client.log")
-        stack.callback(client.close)
+        client = stack.enter_context(Client(folder / "client.log"))
         for at_once in streams:
             print(f"{at_once} streams", flush=True)
             arguments = [
@@ -119,7 +118,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"Servers that take turns, {part['streams']} streams at once (`vllm bench serve`; Llama {load['shape']}, "
             f"{load['model']['num_hidden_layers']} layers, {load['dtype']}); milliseconds:",
             "",
-            *turns.lines(part["modes"]),
+            *turns.lines(part["modes"], part["samples"]),
         ]
     return "\n".join([*lines, ""])
 
@@ -153,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -17,6 +17,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from harness import script
+
 from steer_vllm.bench import record
 from steer_vllm.bench.fleet import Fleet
 from steer_vllm.bench.modes import MODES, PLAIN, cases, choose
@@ -116,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -21,14 +21,12 @@ from harness import target
 
 import training
 from steer_vllm.bench import record, tables, targets
-from steer_vllm.bench.result import upgraded
 from steer_vllm.errors import BenchmarkInvalid
 
 HERE = Path(__file__).resolve().parent
 
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernels": kernels.markdown,
-    "decode": tables.markdown,  # `steer-vllm bench`, format 1
     "offline": tables.markdown,
     "ops": ops.markdown,
     "http": http_path.markdown,
@@ -75,8 +73,8 @@ def markdown(results: Mapping[str, dict[str, Any]], drawn: Collection[str] = ())
 
 
 def offline(results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Those of `steer-vllm bench`, in its present format."""
-    return {name: upgraded(one) for name, one in results.items() if RENDERERS.get(one["benchmark"]) is tables.markdown}
+    """Those of `steer-vllm bench`."""
+    return {name: one for name, one in results.items() if RENDERERS.get(one["benchmark"]) is tables.markdown}
 
 
 def main() -> None:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from harness import model, servers, turns
+from harness import model, script, servers, turns
 from harness.client import Client
 from harness.turns import PLAIN, Mode
 
@@ -57,34 +57,38 @@ def choose(kind: str, distinct: Sequence[int], adapters: Sequence[int], names: s
     return [mode for mode in modes if mode.name in wanted]
 
 
-def measure(options: argparse.Namespace, modes: Sequence[Mode], folder: Path) -> dict[str, Any]:
-    """Start everything, let the modes take turns."""
+Samples = list[dict[str, Any]]
+
+
+def measure(
+    options: argparse.Namespace, modes: Sequence[Mode], folder: Path, keep: Callable[[Samples], object]
+) -> Samples:
+    """Start everything, let the modes take turns. keep: takes what there is after each round."""
     context = -(-(options.input_tokens + options.output_tokens + 8) // 128) * 128
     model.write_model(folder / "model", options, context)
     with ExitStack() as stack:
         started = servers.start(options, modes, context, options.concurrency, folder, stack)
-        client = Client(folder / "client.log")
-        stack.callback(client.close)
+        client = stack.enter_context(Client(folder / "client.log"))
         arguments = [
             *(f"--random-input-len={options.input_tokens}", f"--random-output-len={options.output_tokens}"),
             f"--max-concurrency={options.concurrency}",
         ]
         requests = options.concurrency * options.waves
-        samples = turns.run(modes, started, client, folder / "model", arguments, requests, options.rounds)
-    return {"modes": turns.table(modes, samples), "samples": samples}
+        return turns.run(modes, started, client, folder / "model", arguments, requests, options.rounds, keep)
 
 
 def markdown(result: dict[str, Any]) -> str:
     """Its section of RESULTS.md."""
     load = result["workload"]
+    of_plain = [one for one in result["samples"] if one["mode"] == PLAIN.name]
     head = (
         f"`vllm bench serve` against servers that take turns: {load['concurrency']} streams at once, "
         f"{load['concurrency'] * load['waves']} requests a run, {load['input_tokens']} tokens in and "
-        f"{load['output_tokens']} out, {load['rounds']} rounds; random-weight Llama ({load['shape']}, "
+        f"{load['output_tokens']} out, {len(of_plain)} rounds; random-weight Llama ({load['shape']}, "
         f"{load['model']['num_hidden_layers']} layers, {load['dtype']}, {'eager' if load['eager'] else 'compiled'}). "
         "Milliseconds are medians over rounds of each run's median, with their quartiles. " + record.origin(result)
     )
-    return "\n".join([head, "", record.how(result), "", *turns.lines(result["modes"]), ""])
+    return "\n".join([head, "", record.how(result), "", *turns.lines(result["modes"], result["samples"]), ""])
 
 
 def main() -> None:
@@ -111,12 +115,17 @@ def main() -> None:
         options.distinct, options.modes = "8", options.modes or "idle,distinct-8"
     counts, adapters = numbers("--distinct", options.distinct), numbers("--lora", options.lora)
     modes = choose(options.kind, counts, adapters, options.modes)
+
+    def keep(samples: Samples) -> dict[str, Any]:
+        result = record.begin("serving", FORMAT, model.workload(options), model.device())
+        result |= {"modes": turns.table(modes, samples), "samples": samples}
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+        return result
+
     with tempfile.TemporaryDirectory(prefix="steer-vllm-bench-") as folder:
-        outcome = measure(options, modes, Path(folder).resolve())
-    result = record.begin("serving", FORMAT, model.workload(options), model.device()) | outcome
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(markdown(result))
+        samples = measure(options, modes, Path(folder).resolve(), keep)
+    print(markdown(keep(samples)))
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from harness import script
 from harness.target import Interval, Target
 
 from steer_vllm.bench import record
@@ -204,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import script
 from torch.nn import functional
 from transformers import AutoConfig, LlamaForCausalLM
 
@@ -53,11 +54,11 @@ def cases(model: Any, base: Fingerprint, batch: Mapping[str, torch.Tensor], seed
     names = iter(TITLES)
     yield next(names), lambda: frozen(model, batch)
     yield next(names), lambda: whole(model, batch)
-    settings = LoFiTSettings(seed=seed)
+    settings = LoFiTSettings.model_validate({"seed": seed})
     heads = HeadSet.random(base, seed).top(settings.count(base.num_layers * base.num_heads))
     yield next(names), learning(model, Scaling(base, settings.l1, seed), batch)
     yield next(names), learning(model, Offsets(heads, base, seed), batch)
-    yield next(names), learning(model, make_subspaces(base, LoReFTSettings(seed=seed)), batch)
+    yield next(names), learning(model, make_subspaces(base, LoReFTSettings.model_validate({"seed": seed})), batch)
 
 
 def loss(model: Any, batch: Mapping[str, torch.Tensor], **given: torch.Tensor) -> torch.Tensor:
@@ -131,7 +132,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     ]
     for name, seconds in result["seconds"].items():
         ratio = Ratio.paired(seconds, result["seconds"][PLAIN])
-        compared = f"{ratio.median:.2f} | {ratio.low:.2f} to {ratio.high:.2f}" if name != PLAIN else " | "
+        interval = f"{ratio.low:.2f} to {ratio.high:.2f}" if ratio.sure else ratio.interval
+        compared = f"{ratio.median:.2f} | {interval}" if name != PLAIN else " | "
         lines.append(f"| {name} | {Spread.of(seconds).median:.3f} | {compared} | {TITLES[name]} |")
     return "\n".join([*lines, ""])
 
@@ -172,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

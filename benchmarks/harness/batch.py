@@ -41,7 +41,7 @@ class Batch:
         for task in self._tasks:
             task.cancel()
         for outcome in await asyncio.gather(*self._tasks, return_exceptions=True):
-            if not isinstance(outcome, asyncio.CancelledError):
+            if outcome is not None and not isinstance(outcome, asyncio.CancelledError):
                 raise outcome
 
 

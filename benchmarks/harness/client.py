@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 METRICS = ("ttft", "tpot", "itl", "e2el")
-_ENDED = '{"error": "the client ended"}'
+_RUNS_WITHIN = 600.0  # seconds
 
 
 class Client:
@@ -26,6 +29,7 @@ class Client:
     def __init__(self, log: Path) -> None:
         self._log = log
         ours, theirs = socket.socketpair()
+        ours.settimeout(_RUNS_WITHIN)
         with theirs, log.open("wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno())],
@@ -55,19 +59,37 @@ class Client:
             *arguments,
             *(("--lora-assignment=round-robin", "--lora-modules", *names) if names else ()),
         ]
-        self._lines.write(json.dumps(given) + "\n")
-        self._lines.flush()
-        answer: dict[str, Any] = json.loads(self._lines.readline() or _ENDED)
+        answer = self._answer(given)
         if "error" in answer or answer["completed"] != requests:
             last = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
             what = answer.get("error") or f"{answer['completed']} of {requests} requests were answered"
             raise BenchmarkInvalid(f"{what}; the end of the client's log:\n{last}")
         return answer
 
-    def close(self) -> None:
-        """End the process."""
-        self._lines.close()
-        self._process.wait(timeout=20)
+    def _answer(self, given: Sequence[str]) -> dict[str, Any]:
+        try:
+            self._lines.write(json.dumps(given) + "\n")
+            self._lines.flush()
+            line = self._lines.readline()
+        except TimeoutError:
+            return {"error": f"the client has not answered in {_RUNS_WITHIN:g} s"}
+        except ConnectionError:  # it ended before it read the arguments
+            line = ""
+        answer: dict[str, Any] = json.loads(line) if line else {"error": "the client ended"}
+        return answer
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End the process group; where something went wrong or it does not end by itself, at once."""
+        with suppress(ConnectionError):  # what it was not sent any more
+            self._lines.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=20 if kind is None else 0)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
 
 def main() -> None:
@@ -77,10 +99,11 @@ def main() -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser: argparse.ArgumentParser = FlexibleArgumentParser()
-    add_cli_args(parser)  # type: ignore[arg-type]
+    add_cli_args(parser)
     with socket.socket(fileno=int(sys.argv[1])) as end, end.makefile("rw") as lines:
         end.set_inheritable(False)
         for line in lines:
+            answer: dict[str, Any]
             try:
                 result = bench(parser.parse_args(json.loads(line)))
                 answer = {name: value for name, value in result.items() if isinstance(value, (int, float))}

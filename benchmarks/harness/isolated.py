@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
 from collections.abc import Callable, Collection, Sequence
 from types import SimpleNamespace
@@ -91,16 +92,22 @@ async def requests(app: App, state: Any, body: bytes, streams: int, count: int) 
 
 
 async def measure(streams: Sequence[int], chunks: int, characters: int, rounds: int) -> list[dict[str, Any]]:
-    """A sample per round, number of streams and form of request: microseconds per request."""
+    """A sample per round, number of streams and form of request, in random order: microseconds per request.
+
+    A first round is not counted.
+    """
     plain, state = streaming(chunks), front([f"direction-{number}" for number in range(8)])
     guarded = SteerMiddleware(plain)
     text = {"prompt": "what cows eat " * (characters // 14), "stream": True, "max_tokens": chunks}
     samples = []
-    for number in range(rounds):
+    forms = {WITHOUT: {"model": "base"}, **FORMS}
+    for number in range(-1, rounds):
+        order = random.Random(number)
         for at_once in streams:
             count = max(256, at_once)
-            for form, fields in {WITHOUT: {"model": "base"}, **FORMS}.items():
+            for form in order.sample(list(forms), len(forms)):
                 app = plain if form == WITHOUT else guarded
-                took = await requests(app, state, json.dumps({**text, **fields}).encode(), at_once, count)
-                samples.append({"round": number, "streams": at_once, "form": form, "us": 1e6 * took / count})
+                took = await requests(app, state, json.dumps({**text, **forms[form]}).encode(), at_once, count)
+                if number >= 0:
+                    samples.append({"round": number, "streams": at_once, "form": form, "us": 1e6 * took / count})
     return samples

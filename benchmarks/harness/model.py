@@ -67,10 +67,13 @@ def environment() -> Mapping[str, str]:
     return {**every, **({} if torch.cuda.is_available() else on_cpu)}
 
 
-def memory(options: argparse.Namespace, engines: int = 1) -> float:
-    """`gpu_memory_utilization` of each engine. A CPU takes little: the KV cache has a size of its own there."""
+def memory(options: argparse.Namespace, engines: int = 1, kept: float = 0.0) -> float:
+    """`gpu_memory_utilization` of each engine. A CPU takes little: the KV cache has a size of its own there.
+
+    kept: the share of a GPU that one of the engines needs beyond the others.
+    """
     given: float | None = getattr(options, "memory", None)
-    return given or (round(0.85 / engines, 3) if torch.cuda.is_available() else 0.1)
+    return given or (round((0.85 - kept) / engines, 3) if torch.cuda.is_available() else 0.1)
 
 
 def device() -> str | None:

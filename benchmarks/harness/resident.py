@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def rows(base: Fingerprint, dtype: torch.dtype, repeats: int) -> list[dict[str, 
         packed = packed.pinned() if device.type == "cuda" else packed
         write = tables.write_additive if packed.offset is not None else tables.write_low_rank
         row = tables.additive[1] if packed.offset is not None else (tables.low_rank.A[1], tables.low_rank.B[1])
-        handed, copied = _timed(lambda write=write, packed=packed: write(1, packed), repeats)
+        handed, copied = _timed(partial(write, 1, packed), repeats)
         found.append(
             {
                 "kind": kind,

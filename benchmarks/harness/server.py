@@ -23,7 +23,7 @@ _STARTS_WITHIN, _STOPS_WITHIN = 900, 30  # seconds
 
 
 class Server:
-    """`wait` for it before it is used, `close` it at the end. What it prints goes to `log`."""
+    """`wait` for it before it is used, `stop` and `close` it at the end. What it prints goes to `log`."""
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], port: int, log: Path) -> None:
         self.name = name
@@ -69,16 +69,30 @@ class Server:
         """CPU time that the processes of the group have used."""
         return cpu_seconds(self._process.pid)
 
+    def stop(self, at_once: bool = False) -> None:
+        """Ask the process group to end, or end it. One that has ended is no error."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL if at_once else signal.SIGINT)
+
     def close(self) -> None:
-        """End the process group."""
-        try:
-            os.killpg(self._process.pid, signal.SIGINT)
+        """Wait for a group that was asked to end; what is left of it is ended."""
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOPS_WITHIN)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        self.stop(at_once=True)
+        self._process.wait()
+
+
+class Servers(dict[str, Server]):
+    """By name. All are asked to end before one is waited for; where something went wrong, they end at once."""
+
+    def __enter__(self) -> Servers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for one in self.values():
+            one.stop(at_once=kind is not None)
+        for one in self.values():
+            one.close()
 
 
 def plain(name: str, model: Path, flags: Sequence[str], environment: Mapping[str, str], log: Path) -> Server:

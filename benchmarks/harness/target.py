@@ -37,7 +37,9 @@ class Interval(NamedTuple):
 
 def _medians(samples: Sequence[float], seed: int) -> np.ndarray:
     values = np.asarray(samples)
-    return np.median(values[np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))], axis=1)
+    drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    medians: np.ndarray = np.median(values[drawn], axis=1)
+    return medians
 
 
 @dataclass(frozen=True)

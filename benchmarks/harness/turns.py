@@ -37,11 +37,11 @@ def run(
     arguments: Sequence[str],
     requests: int,
     rounds: int,
-    say: Callable[[str], None] = print,
+    keep: Callable[[list[dict[str, Any]]], object] = lambda samples: None,
 ) -> list[dict[str, Any]]:
     """A sample per round and mode; a first round is not counted. Every turn has prompts of its own.
 
-    Milliseconds are the client's medians over the requests of a run.
+    Milliseconds are the client's medians over the requests of a run. keep: takes what there is after each round.
     """
     samples = []
     for number in range(-1, rounds):
@@ -51,7 +51,7 @@ def run(
             found = client.run(servers[mode.server].url, model, SERVED, mode.models, [*arguments, seed], requests)
             if number < 0:
                 continue
-            say(f"round {number + 1} of {rounds}: {mode.name}, {found['output_throughput']:.0f} tokens/s")
+            print(f"round {number + 1} of {rounds}: {mode.name}, {found['output_throughput']:.0f} tokens/s", flush=True)
             samples.append(
                 {
                     "round": number,
@@ -62,40 +62,45 @@ def run(
                     **{f"{metric}_p99_ms": found[f"p99_{metric}_ms"] for metric in METRICS},
                 }
             )
+        if samples:
+            keep(samples)
     return samples
 
 
 def table(modes: Sequence[Mode], samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Per mode: its spread over rounds, and its ratio to plain in tokens per second, taken within each round."""
-
-    def values(key: str, mode: str) -> list[float]:
-        return [one[key] for one in samples if one["mode"] == mode]  # in the order of rounds
-
     keys = ("tokens_per_second", *(f"{metric}_ms" for metric in METRICS))
     return [
         {
             "mode": mode.name,
             "title": mode.title,
-            **{key: asdict(Spread.of(values(key, mode.name))) for key in keys},
-            "of_plain": asdict(
-                Ratio.paired(values("tokens_per_second", mode.name), values("tokens_per_second", PLAIN.name))
-            ),
+            **{key: asdict(Spread.of(_values(samples, key, mode.name))) for key in keys},
+            "of_plain": asdict(_of_plain(samples, mode.name)),
         }
         for mode in modes
     ]
 
 
-def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """As Markdown. Milliseconds: the median over rounds, and the quartiles."""
+def _of_plain(samples: Sequence[Mapping[str, Any]], mode: str) -> Ratio:
+    of, plain = (_values(samples, "tokens_per_second", name) for name in (mode, PLAIN.name))
+    return Ratio.paired(of, plain)
+
+
+def _values(samples: Sequence[Mapping[str, Any]], key: str, mode: str) -> list[float]:
+    return [one[key] for one in samples if one["mode"] == mode]  # in the order of rounds
+
+
+def lines(rows: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table of these samples as Markdown. Milliseconds: the median over rounds, and the quartiles."""
     found = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
     for row in rows:
-        ratio = row["of_plain"]
+        ratio = _of_plain(samples, row["mode"])
         times = [row[f"{metric}_ms"] for metric in METRICS]
         cells = [
             row["title"],
             f"{row['tokens_per_second']['median']:.0f}",
-            f"{ratio['median']:.1%}",
-            f"{ratio['low']:.1%} to {ratio['high']:.1%}",
+            f"{ratio.median:.1%}",
+            ratio.interval,
             *(f"{one['median']:.2f} ({one['q1']:.2f} to {one['q3']:.2f})" for one in times),
         ]
         found.append("| " + " | ".join(cells) + " |")

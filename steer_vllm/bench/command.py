@@ -45,7 +45,7 @@ def bench(
     modes: Annotated[str | None, typer.Option(help="names of modes, with commas; default: the plugin's")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="measurements of each mode; default: 15")] = None,
     within: Annotated[
-        float | None, typer.Option(help="seconds from now after which no round may end, except the first")
+        float | None, typer.Option(help="seconds from now after which no load's round may end, except its first")
     ] = None,
     prefix_cache: Annotated[bool, typer.Option(help="prefix caching, emptied before every batch")] = False,
     compiled: Annotated[bool, typer.Option(help="compile the model, as a server does")] = True,
@@ -77,7 +77,7 @@ def bench(
 
     def keep(outcome: Outcome) -> None:
         nonlocal result
-        result = assemble(workload, chosen, outcome)
+        result = {**assemble(workload, chosen, outcome), "within_s": within}
         output.write_text(json.dumps(result, indent=1) + "\n")
 
     console = Console()

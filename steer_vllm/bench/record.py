@@ -17,6 +17,9 @@ from typing import Any
 from ..errors import BenchmarkInvalid
 from . import machine
 
+WITHIN = "--within"
+"""The option that limits the time of a run."""
+
 
 def begin(benchmark: str, version: int, workload: Mapping[str, Any], device: str | None) -> dict[str, Any]:
     """The keys with which a result begins. version: of this benchmark's own keys, which follow.
@@ -38,7 +41,8 @@ def begin(benchmark: str, version: int, workload: Mapping[str, Any], device: str
 def command(arguments: list[str], run_as: ModuleSpec | None) -> str:
     """A command line that can be given again: a module or script by its name here, an installed command by its own.
 
-    run_as: the module that `python -m` runs, which `__main__` knows.
+    `WITHIN` is left out: how much time there was is no part of what was asked for. run_as: the module that `python -m`
+    runs, which `__main__` knows.
     """
     program = Path(arguments[0]).absolute()
     if run_as is not None:
@@ -47,7 +51,16 @@ def command(arguments: list[str], run_as: ModuleSpec | None) -> str:
         start = ["python", f"benchmarks/{program.name}"]
     else:
         start = [program.name]
-    return shlex.join([*start, *arguments[1:]])
+    return shlex.join([*start, *_without_limit(arguments[1:])])
+
+
+def _without_limit(arguments: list[str]) -> list[str]:
+    at = {number for number, one in enumerate(arguments) if one == WITHIN}
+    return [
+        one
+        for number, one in enumerate(arguments)
+        if number not in at and number - 1 not in at and not one.startswith(f"{WITHIN}=")
+    ]
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -73,28 +73,8 @@ def _load_name(load: Mapping[str, Any]) -> str:
     return Load(**load).name
 
 
-def upgraded(result: Mapping[str, Any]) -> dict[str, Any]:
-    """A result in this format: format 1 knew one decode load, and always as many interventions as requests.
-
-    Errors: `BenchmarkInvalid` for a format that is not known.
-    """
-    if (result["benchmark"], result["format_version"]) == (BENCHMARK, FORMAT):
-        return dict(result)
-    if (result["benchmark"], result["format_version"]) != ("decode", 1):
-        raise BenchmarkInvalid(f"expected {BENCHMARK} {FORMAT}, got {result['benchmark']} {result['format_version']}")
-    workload = dict(result["workload"])
-    batch = workload.pop("batch")
-    load = {"requests": batch, **{name: workload.pop(name) for name in ("prompt_tokens", "output_tokens")}}
-    modes = {mode["name"]: mode for mode in result["modes"]}
-    counts = {name: (batch if mode["distinct"] else 1) if mode["kinds"] else 0 for name, mode in modes.items()}
-    samples = [
-        {**sample, "load": f"decode {batch}", "distinct": counts[sample["mode"]]} for sample in result["samples"]
-    ]
-    return {
-        **result,
-        "benchmark": BENCHMARK,
-        "format_version": FORMAT,
-        "workload": {**workload, "loads": [load], "prefix_cache": False},
-        "modes": modes,
-        "samples": samples,
-    }
+def check(result: Mapping[str, Any]) -> None:
+    """Errors: `BenchmarkInvalid` for the result of another benchmark or in another format."""
+    found, known = (result["benchmark"], result["format_version"]), (BENCHMARK, FORMAT)
+    if found != known:
+        raise BenchmarkInvalid(f"expected {BENCHMARK} {FORMAT}, got {found[0]} {found[1]}")

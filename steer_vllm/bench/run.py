@@ -1,7 +1,7 @@
 """One run: start the engines, see that every case does what it says, then let the cases take turns.
 
 All engines live at once and one works at a time; a turn begins when the others use no CPU. Each round runs every case
-once, load by load, in an order of its own.
+once: load by load as they were asked for, the cases of a load in an order of its own.
 """
 
 from __future__ import annotations
@@ -66,24 +66,24 @@ def measure(
 ) -> None:
     """Run everything. folder: for the model, the artifacts and the engines' logs. say: takes one line of progress.
 
-    keep: takes what there is whenever a load's cases have all had their turn. until: on the monotonic clock; a round
-    that would end later is not begun, except the first. Errors: `BenchmarkInvalid` when an engine fails or does not
-    rest, or a case does not do what it says.
+    keep: takes what there is whenever a load's cases have all had their turn. until: on the monotonic clock; what a
+    round does with a load is not begun where it would end later, except in the first. Errors: `BenchmarkInvalid` when
+    an engine fails or does not rest, or a case does not do what it says.
     """
     with ExitStack() as stack:
         fleet = Fleet(cases, workload, folder, stack, say)
         same = _rehearse(fleet, cases, workload, say)
-        order, samples, longest = random.Random(workload.seed), list[Sample](), 0.0
-        loads = list(dict.fromkeys(case.load for case in cases))
+        order, samples = random.Random(workload.seed), list[Sample]()
+        longest = {case.load: 0.0 for case in cases}
         for number in range(workload.rounds):
-            began = time.monotonic()
-            if number and began + longest > until:
-                break
-            for load in order.sample(loads, len(loads)):  # what is compared is run within a minute
+            for load in longest:  # what is compared is run within a minute
+                began = time.monotonic()
+                if number and began + longest[load] > until:
+                    continue  # another may be short enough
                 of = [case for case in cases if case.load == load]
                 samples += _turns(number, fleet, order.sample(of, len(of)), workload, say)
                 keep(Outcome(samples, same, fleet.facts))
-            longest = max(longest, time.monotonic() - began)
+                longest[load] = max(longest[load], time.monotonic() - began)
 
 
 def _rehearse(

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+LEAST_ROUNDS = 5
+"""Of fewer, not even the range from the smallest to the largest holds the median in nearly 95% of all cases."""
+
 _RESAMPLES = 10_000
 
 
@@ -30,13 +33,17 @@ class Spread:
 
 @dataclass(frozen=True)
 class Ratio:
-    """The median over rounds of mode / plain, its quartiles, and the 95% bootstrap interval of that median."""
+    """The median over rounds of mode / plain, its quartiles, and the 95% bootstrap interval of that median.
+
+    low, high: the interval; of fewer than `LEAST_ROUNDS` it is none, and `interval` says so.
+    """
 
     median: float
     q1: float
     q3: float
     low: float
     high: float
+    rounds: int
 
     @classmethod
     def paired(cls, mode: Sequence[float], plain: Sequence[float], seed: int = 0) -> Ratio:
@@ -48,4 +55,21 @@ class Ratio:
         drawn = np.random.default_rng(seed).integers(len(ratios), size=(_RESAMPLES, len(ratios)))
         low, high = np.quantile(np.median(ratios[drawn], axis=1), [0.025, 0.975])
         spread = Spread.of(ratios.tolist())
-        return cls(spread.median, spread.q1, spread.q3, float(low), float(high))
+        return cls(spread.median, spread.q1, spread.q3, float(low), float(high), len(ratios))
+
+    @property
+    def sure(self) -> bool:
+        """Whether there were rounds enough for an interval."""
+        return self.rounds >= LEAST_ROUNDS
+
+    @property
+    def interval(self) -> str:
+        """`98.1 to 99.0%`; of too few rounds how many there were."""
+        if self.sure:
+            return between(self.low, self.high)
+        return f"{self.rounds} round{'s' * (self.rounds != 1)}"
+
+
+def between(low: float, high: float) -> str:
+    """`98.1 to 99.0%`."""
+    return f"{100 * low:.1f} to {high:.1%}"

@@ -9,7 +9,8 @@ from rich.table import Column, Table
 
 from . import record, targets
 from .modes import PLAIN
-from .result import Row, rows, upgraded
+from .result import Row, check, rows
+from .spread import between
 from .workload import Load
 
 COLUMNS = (
@@ -37,9 +38,9 @@ def cells(result: Mapping[str, Any], row: Row) -> dict[str, str]:
         "tokens/s": f"{row.tokens_per_second.median:.0f}",
         "step ms": f"{row.step_ms.median:.2f}",
         "of plain": f"{ratio.median:.1%}",
-        "95% interval": _between(ratio.low, ratio.high),
-        "quartiles": _between(ratio.q1, ratio.q3),
-        "target": "" if least is None else f"{least:.1%}: {targets.met(ratio.median, least)}",
+        "95% interval": ratio.interval,
+        "quartiles": between(ratio.q1, ratio.q3),
+        "target": "" if least is None else f"{least:.1%}: {targets.verdict(ratio, least)}",
         "first ms": f"{row.first_tokens_ms.median:.0f}",
     }
     if row.mode == PLAIN:
@@ -47,20 +48,24 @@ def cells(result: Mapping[str, Any], row: Row) -> dict[str, str]:
     return shown
 
 
-def _between(low: float, high: float) -> str:
-    return f"{100 * low:.1f} to {high:.1%}"
-
-
 def conditions(result: Mapping[str, Any]) -> str:
     """What was run on what, in sentences."""
     work = result["workload"]
-    done = len({sample["round"] for sample in result["samples"]})
     return (
         f"Llama of {work['parameters'] / 1e6:.0f}M random weights, {work['dtype']}, "
         f"{'compiled' if work['compiled'] else 'eager'}, prefix cache {'on' if work['prefix_cache'] else 'off'}; "
-        f"{_loads([Load(**load) for load in work['loads']])}; {done} round{'s' * (done != 1)}, seed "
+        f"{_loads([Load(**load) for load in work['loads']])}; {_rounds(result)}, seed "
         f"{work['seed']}. {_engines(result['engines'])}{record.origin(result)}"
     )
+
+
+def _rounds(result: Mapping[str, Any]) -> str:
+    """How many; where time was short, loads differ in it."""
+    done: dict[str, set[int]] = {}
+    for sample in result["samples"]:
+        done.setdefault(sample["load"], set()).add(sample["round"])
+    least, most = min(map(len, done.values())), max(map(len, done.values()))
+    return f"{least} to {most} rounds" if least != most else f"{most} round{'s' * (most != 1)}"
 
 
 def _engines(facts: Mapping[str, Mapping[str, Any]]) -> str:
@@ -69,8 +74,6 @@ def _engines(facts: Mapping[str, Mapping[str, Any]]) -> str:
     def how(engine: Mapping[str, Any]) -> str:
         return f"model runner V{engine['model_runner']}, {'compiled' if engine['compiled'] else 'eager'}"
 
-    if "model_runner" not in facts[PLAIN]:  # of the former format
-        return ""
     others = {name: how(engine) for name, engine in facts.items() if how(engine) != how(facts[PLAIN])}
     but = "".join(f"; {name}: {text}" for name, text in others.items())
     return f"M{how(facts[PLAIN])[1:]}{but}. "
@@ -99,8 +102,8 @@ def console(result: Mapping[str, Any]) -> list[Table]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The section of RESULTS.md, without its heading."""
-    result = upgraded(result)
+    """The section of RESULTS.md, without its heading. Errors: `BenchmarkInvalid` for another format."""
+    check(result)
     lines = [conditions(result), "", record.how(result), ""]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     lines += ["| " + " | ".join(cells(result, row).values()) + " |" for row in rows(result)]

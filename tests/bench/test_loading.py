@@ -23,11 +23,29 @@ def test_a_pause_is_the_longest_gap_that_touches_the_window(script: Script) -> N
     assert [round(one, 6) for one in found] == [0, 35, 35, 35, 0, 0]
 
 
-def test_admission_among_many(script: Script) -> None:
+def test_admission_among_many(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time another of all that are loaded is admitted, and nothing stays admitted."""
     script("loading")
-    from harness.resident import admission
+    from harness import resident
 
-    assert len(admission(3, 7)) == 7
+    admitted, released = [], []
+
+    class Book(resident.Admission):  # type: ignore[misc]
+        def admit(self, steering: Any, tokens: int) -> Any:
+            found = super().admit(steering, tokens)
+            admitted.append((steering.components[0].digest, found))
+            return found
+
+        def release(self, found: Any) -> None:
+            super().release(found)
+            released.append(found)
+
+    monkeypatch.setattr(resident, "Admission", Book)
+    samples = resident.admission(3, 7)
+    assert [int(digest, 16) for digest, _ in admitted] == [0, 1, 2, 0, 1, 2, 0]
+    assert [found for _, found in admitted] == released
+    assert len(samples) == 7
+    assert min(samples) > 0
 
 
 def sample(prefix: ModuleType, mode: str, tenant: int, milliseconds: float, cached: int) -> Any:

@@ -29,6 +29,8 @@ def test_commands_can_be_given_again(root: Path) -> None:
     script = str(root / "benchmarks" / "ops.py")
     assert record.command([script, "--output", "a b.json"], None) == "python benchmarks/ops.py --output 'a b.json'"
     assert record.command(["/somewhere/bin/steer-vllm", "bench"], None) == "steer-vllm bench"
+    given = ["/somewhere/bin/steer-vllm", "bench", "--within", "300", "--quick", "--within=3"]
+    assert record.command(given, None) == "steer-vllm bench --quick", "not how much time there was"
     module = ModuleSpec("steer_vllm.cli", None)
     assert record.command(["/somewhere/cli.py", "bench"], module) == "python -m steer_vllm.cli bench"
 
@@ -53,4 +55,4 @@ def test_every_committed_result_has_its_section(root: Path, script: Callable[[st
 
 def test_a_benchmark_without_a_renderer_is_refused(script: Callable[[str], ModuleType]) -> None:
     with pytest.raises(BenchmarkInvalid, match=r"first: no renderer for 'other'"):
-        script("report").markdown({"first": {"benchmark": "other", "format_version": 1}})
+        script("report").markdown({"first": {"benchmark": "other", "format_version": 1, "time": "2026-01-01"}})

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from steer_vllm.bench import record
 from steer_vllm.bench.modes import cases, choose
-from steer_vllm.bench.result import assemble, rows, upgraded
+from steer_vllm.bench.result import assemble, check, rows
 from steer_vllm.bench.run import Outcome, Sample
 from steer_vllm.bench.shapes import SHAPES
 from steer_vllm.bench.tables import COLUMNS, cells, conditions, console, markdown
@@ -99,6 +99,13 @@ def test_targets_stand_beside_what_they_are_for(result: dict[str, Any]) -> None:
     assert at["decode 16", "distinct-offsets", 4]["target"] == "", "only where each request has its own"
     assert at["decode 16", "distinct-low-rank", 16]["target"] == ""
     assert at["prefill 2x256", "idle", 0]["target"] == ""
+    assert at["decode 16", "idle", 0]["95% interval"] == "98.0 to 98.0%"
+
+
+def test_targets_are_for_loads_of_their_size(result: dict[str, Any]) -> None:
+    for load in result["workload"]["loads"]:
+        load["output_tokens"] //= 2
+    assert not any(cells["target"] for cells in shown(result).values())
 
 
 def test_console_tables_fit_a_terminal(result: dict[str, Any]) -> None:
@@ -128,6 +135,14 @@ def test_engines_that_run_otherwise_are_named(result: dict[str, Any]) -> None:
 def test_rounds_are_those_that_were_run(result: dict[str, Any]) -> None:
     result["samples"] = [sample for sample in result["samples"] if sample["round"] < 3]
     assert "; 3 rounds, seed 0." in conditions(result)
+    result["samples"] = [one for one in result["samples"] if one["round"] < 2 or one["load"] == "decode 1"]
+    assert "; 2 to 3 rounds, seed 0." in conditions(result)
+    assert {key[0]: cells["95% interval"] for key, cells in shown(result).items() if key[1] == "idle"} == {
+        "decode 1": "3 rounds",
+        "decode 16": "2 rounds",
+        "prefill 2x256": "2 rounds",
+    }
+    assert shown(result)["decode 16", "idle", 0]["target"] == "97.0%: open"
 
 
 def test_a_run_that_was_stopped_shows_the_loads_it_has(result: dict[str, Any]) -> None:
@@ -136,18 +151,11 @@ def test_a_run_that_was_stopped_shows_the_loads_it_has(result: dict[str, Any]) -
     assert "; 1 round, seed 0." in conditions(result)
 
 
-def test_the_former_format_is_still_read(root: Path) -> None:
-    former = record.read(root / "benchmarks" / "results" / "cpu-quick.json")
-    assert (former["benchmark"], former["format_version"]) == ("decode", 1)
-    at = shown(upgraded(former))
-    assert list(at)[-2:] == [("decode 32", "distinct-loreft", 32), ("decode 32", "distinct-low-rank", 32)]
-    assert at["decode 32", "distinct-low-rank", 32]["of plain"] == "81.6%"
-    assert at["decode 32", "shared-offsets", 1]["tokens/s"] == "1078"
-
-
 def test_other_formats_are_refused(result: dict[str, Any]) -> None:
     with pytest.raises(BenchmarkInvalid, match="expected offline 2, got offline 99"):
-        upgraded({**result, "format_version": 99})
+        check({**result, "format_version": 99})
+    with pytest.raises(BenchmarkInvalid, match="got decode 2"):
+        markdown({**result, "benchmark": "decode"})
 
 
 def test_a_picture_where_numbers_vary(

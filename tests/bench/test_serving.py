@@ -39,4 +39,6 @@ def test_a_mode_is_compared_within_its_round(script: Script) -> None:
     rows = turns.table(modes, samples)
     assert [(row["mode"], row["of_plain"]["median"]) for row in rows] == [("plain", 1.0), ("idle", 0.9)]
     assert rows[1]["ttft_ms"]["median"] == pytest.approx((1000 / 90 + 1000 / 180) / 2)
-    assert "| plugin on, nothing asked for | 135 | 90.0% | 90.0% to 90.0% |" in "\n".join(turns.lines(rows))
+    assert "| plugin on, nothing asked for | 135 | 90.0% | 2 rounds |" in "\n".join(turns.lines(rows, samples))
+    enough = [sample(number, mode.name, 90.0) for number in range(5) for mode in modes]
+    assert "| 90 | 100.0% | 100.0 to 100.0% |" in "\n".join(turns.lines(turns.table(modes, enough), enough))

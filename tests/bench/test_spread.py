@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from steer_vllm.bench.spread import Ratio, Spread
+from steer_vllm.bench.spread import LEAST_ROUNDS, Ratio, Spread
 
 
 def test_spread_of_known_values() -> None:
@@ -38,3 +38,10 @@ def test_interval_covers_the_truth() -> None:
 def test_the_same_samples_give_the_same_interval() -> None:
     mode, plain = [0.9, 1.0, 1.1, 0.95], [1.0, 1.0, 1.0, 1.0]
     assert Ratio.paired(mode, plain) == Ratio.paired(mode, plain)
+
+
+def test_too_few_rounds_have_no_interval() -> None:
+    """One round would be its own interval, of no width."""
+    one, few, enough = (Ratio.paired([0.97] * count, [1.0] * count) for count in (1, LEAST_ROUNDS - 1, LEAST_ROUNDS))
+    assert [ratio.sure for ratio in (one, few, enough)] == [False, False, True]
+    assert [ratio.interval for ratio in (one, few, enough)] == ["1 round", "4 rounds", "97.0 to 97.0%"]

@@ -28,5 +28,5 @@ def test_every_step_is_timed(
     path.write_text(json.dumps(result))
     text = training.markdown(record.read(path))
     assert f"| {training.PLAIN} | 3.000 |  |  |" in text
-    assert "| LoReFT | 4.500 | 1.50 | 1.50 to 1.50 |" in text
+    assert "| LoReFT | 4.500 | 1.50 | 2 rounds |" in text
     assert "2 texts of 16 tokens; 2 rounds, seed 0." in text
