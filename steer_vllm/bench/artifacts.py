@@ -5,7 +5,8 @@ Their size is chosen so that they change what the model says; they mean nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from ..positions import Positions
 RANK = 8
 SHARE = 0.1
 """Heads that a LoFiT edits, of all heads of the model."""
+_AT_ONCE = 8
+"""Threads that make artifacts."""
 
 
 def _lofit(base: Fingerprint, random: torch.Generator) -> Intervention:
@@ -47,8 +50,7 @@ def _direction(base: Fingerprint, random: torch.Generator) -> Intervention:
 
 def _loreft(base: Fingerprint, random: torch.Generator) -> Intervention:
     """LoReFT of rank 8 on every layer's output, at the first and last seven tokens of the prompt."""
-    wide = (1, base.num_layers, base.hidden_size, RANK)
-    rotate = torch.linalg.qr(torch.randn(wide, generator=random))[0].mT.contiguous()
+    rotate = _orthonormal(base, random)
     tensors = {
         "rotate": rotate,
         "weight": rotate + 0.1 * torch.randn(rotate.shape, generator=random) / base.hidden_size**0.5,
@@ -56,6 +58,21 @@ def _loreft(base: Fingerprint, random: torch.Generator) -> Intervention:
     }
     return Intervention(LoReFT(tuple(range(base.num_layers)), RANK), tensors, base, Positions.parse("f7+l7"))
 
+
+def _orthonormal(base: Fingerprint, random: torch.Generator) -> torch.Tensor:
+    """[1, layers, RANK, hidden], other orthonormal rows for every layer, at less cost than by a decomposition.
+
+    They are those of a Hadamard matrix side by side, each column with a random sign; where the hidden size is no
+    multiple of the rank, columns at the end are zero.
+    """
+    columns = base.hidden_size // RANK * RANK
+    signs = torch.randint(2, (base.num_layers, 1, columns), generator=random).float().mul(2 * columns**-0.5)
+    rows = (signs - columns**-0.5) * _HADAMARD.repeat(1, columns // RANK)
+    return torch.nn.functional.pad(rows, (0, base.hidden_size - columns))[None]
+
+
+_HADAMARD = torch.tensor([[(-1.0) ** (row & column).bit_count() for column in range(RANK)] for row in range(RANK)])
+"""Sylvester's, of order `RANK`."""
 
 KINDS: dict[str, Callable[[Fingerprint, torch.Generator], Intervention]] = {
     "lofit": _lofit,
@@ -71,3 +88,9 @@ def make(kind: str, number: int, base: Fingerprint, seed: int, folder: Path) -> 
     path = folder / f"{kind}-{number}"
     KINDS[kind](base, random).save(path)
     return path
+
+
+def make_all(wanted: Iterable[tuple[str, int]], base: Fingerprint, seed: int, folder: Path) -> list[Path]:
+    """`make` of each (kind, number), several at once."""
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        return list(threads.map(lambda one: make(one[0], one[1], base, seed, folder), wanted))

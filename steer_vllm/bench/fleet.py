@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..fingerprint import Fingerprint
-from .artifacts import RANK, make
+from .artifacts import RANK, make_all
 from .engine import Engine
 from .lora import make_adapter
 from .modes import ADDITIVE, CONTROL, EAGER, ENGINES, LORA, STEERED, Case
@@ -51,7 +51,7 @@ class Fleet:
         """Start every engine that a case needs; `stack` ends them. more: environment variables for all.
 
         folder: for the model, the artifacts and the logs. The control starts when plain vLLM is there: it takes
-        its compiled code from the same cache. Interventions are made while the engines start.
+        its compiled code from the same cache. Interventions are made while engines start, and loaded while it starts.
         Errors: `BenchmarkInvalid` when an engine does not start or refuses an intervention.
         """
         self.engines: dict[str, Engine] = {}
@@ -63,21 +63,22 @@ class Fleet:
         names = sorted({case.mode.engine for case in cases}, key=ENGINES.index)
         say(f"starting {len(names)} engines ({', '.join(names)}), making interventions")
         for name in names:
-            if name == CONTROL:
-                self._await()
-            self._start(name, more or {})
-            stack.enter_context(self.engines[name])
+            if name != CONTROL:
+                self._start(name, more or {}, stack)
         made = self._make()
         self._await()
+        if CONTROL in names:
+            self._start(CONTROL, more or {}, stack)
         if made:
             say(f"loading {len(made)} interventions")
             self.engines[STEERED].ask(call="load", folders=made)
+        self._await()
 
-    def _start(self, name: str, more: dict[str, str]) -> None:
+    def _start(self, name: str, more: dict[str, str], stack: ExitStack) -> None:
         steered = name in (STEERED, ADDITIVE)
         arguments, environment = _memory(self._workload)
         environment = {**_EVERY, **environment, "VLLM_PLUGINS": "steer_vllm" if steered else "", **more}
-        self.engines[name] = Engine(name, environment, self._folder / f"{name}.log")
+        self.engines[name] = stack.enter_context(Engine(name, environment, self._folder / f"{name}.log"))
         arguments = {**self._workload.engine_arguments(self._model), **arguments, **self._own(name)}
         self.engines[name].send(steered=steered, **arguments)
 
@@ -101,8 +102,8 @@ class Fleet:
             make_adapter(self._workload.shape, self._workload.dtype, self._workload.seed, self._adapter)
         wanted = dict.fromkeys(pair for case in self._cases for pair in case.artifacts())
         base = Fingerprint.of(self._model, weights=False)
-        folder = self._folder / "artifacts"
-        return {f"{kind}-{n}": str(make(kind, n, base, self._workload.seed, folder)) for kind, n in wanted}
+        made = make_all(wanted, base, self._workload.seed, self._folder / "artifacts")
+        return {path.name: str(path) for path in made}
 
     def ask(self, case: Case, call: str, **more: Any) -> dict[str, Any]:
         """What the probe of the case's engine answers to one of its calls for this batch."""

@@ -81,12 +81,12 @@ class Workload:
         )
 
     def kv_bytes(self, block: int) -> int:
-        """KV cache for the largest load, and for one request of the model's length, with a tenth to spare.
+        """KV cache for the largest load, and for one request of the model's length, with a fiftieth to spare.
 
         block: tokens of a KV block.
         """
         tokens = max(self.context, *(load.cached_tokens(block) for load in self.loads)) + 8 * block
-        return tokens * self.shape.kv_numbers * _BYTES[self.dtype] * 11 // 10
+        return tokens * self.shape.kv_numbers * _BYTES[self.dtype] * 51 // 50
 
     def prompts(self, load: Load) -> list[list[int]]:
         """Random token ids, one list per request."""

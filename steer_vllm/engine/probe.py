@@ -48,14 +48,15 @@ class Probe:
     def run(self, prompts: list[list[int]], tokens: int, repeats: int = 1, **asked: Any) -> dict[str, Any]:
         """Generate exactly `tokens` for each prompt, greedily, `repeats` times with nothing in the prefix cache.
 
-        asked: as `_generate` takes it. runs: for each repeat, `decode`, when each step ended in which every request
-        decoded, after the one that brought the last first token, and `first_tokens`, seconds until then. tokens: what
-        was generated last, per prompt.
+        asked: as `_prepared` takes it. runs: for each repeat, `decode`, when each step ended in which every request
+        decoded, after the one that brought the last first token, and `first_tokens`, seconds from the call of the
+        engine until then. tokens: what was generated last, per prompt.
         """
         runs = []
         for _ in range(repeats):
+            generate = self._prepared(prompts, tokens, **asked)
             began = time.monotonic()
-            generated = self._generate(prompts, tokens, **asked)
+            generated = generate()
             decode = _decoding(self._steps, len(prompts))
             runs.append({"decode": decode, "first_tokens": decode[0] - began})
         return {"runs": runs, "tokens": generated}
@@ -67,7 +68,7 @@ class Probe:
         Needs the engine in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0). launches: by name, how many and their
         microseconds, both per step.
         """
-        self._generate(prompts, 2 + steps, **asked)
+        self._prepared(prompts, 2 + steps, **asked)()
         short, long = (self._profiled(prompts, 2 + more, **asked) for more in (0, steps))
         launches = {name: took[len(short.get(name, ())) :] for name, took in long.items()}
         return {"launches": {name: [len(took) / steps, sum(took) / steps] for name, took in launches.items() if took}}
@@ -78,8 +79,9 @@ class Probe:
         from torch.profiler import ProfilerActivity
 
         cuda = torch.cuda.is_available()
+        generate = self._prepared(prompts, tokens, **asked)
         with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiled:
-            self._generate(prompts, tokens, **asked)
+            generate()
             if cuda:
                 torch.cuda.synchronize()
         found: dict[str, list[float]] = {}
@@ -89,14 +91,17 @@ class Probe:
                 found.setdefault(event.name, []).append(took)
         return found
 
-    def _generate(
+    def _prepared(
         self,
         prompts: list[list[int]],
         tokens: int,
         interventions: list[Any] | None = None,
         adapters: list[tuple[int, str]] | None = None,
-    ) -> list[list[int]]:
-        """What is generated, per prompt. adapters: number and folder of each request's LoRA."""
+    ) -> Callable[[], list[list[int]]]:
+        """What generates once, with nothing in the prefix cache, and returns the tokens per prompt.
+
+        adapters: number and folder of each request's LoRA.
+        """
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
@@ -108,8 +113,12 @@ class Probe:
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         self._steps.clear()
         asked = [{"prompt_token_ids": ids} for ids in prompts]
-        outputs = self._llm.generate(asked, params, use_tqdm=False, **more)
-        return [list(output.outputs[0].token_ids) for output in outputs]
+
+        def generate() -> list[list[int]]:
+            outputs = self._llm.generate(asked, params, use_tqdm=False, **more)
+            return [list(output.outputs[0].token_ids) for output in outputs]
+
+        return generate
 
     def _noting(self, get_output: Callable[[], Any]) -> Callable[[], Any]:
         def noted() -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from steer_vllm.bench.artifacts import KINDS, RANK, make
+from steer_vllm.bench.artifacts import KINDS, RANK, make, make_all
 from steer_vllm.bench.fleet import limits
 from steer_vllm.bench.lora import make_adapter
 from steer_vllm.bench.modes import ADDITIVE, CONTROL, EAGER, LORA, MODES, PLAIN, Case, cases, choose
@@ -40,6 +41,26 @@ def test_artifacts_are_valid_and_distinct(kind: str, base: Fingerprint, tmp_path
     again = make(kind, 1, base, seed=0, folder=tmp_path / "again")
     assert Intervention.load(again).digest == loaded[1].digest, "a seed names an artifact"
     assert Intervention.load(make(kind, 1, base, seed=1, folder=tmp_path / "other")).digest != loaded[1].digest
+
+
+def test_many_are_made_at_once(base: Fingerprint, tmp_path: Path) -> None:
+    wanted = [(kind, number) for number in range(6) for kind in ("loreft", "direction")]
+    paths = make_all(wanted, base, 0, tmp_path / "many")
+    assert [path.name for path in paths] == [f"{kind}-{number}" for kind, number in wanted]
+    one_by_one = [make(kind, number, base, 0, tmp_path / "one") for kind, number in wanted]
+    digests = [[Intervention.load(path).digest for path in some] for some in (paths, one_by_one)]
+    assert digests[0] == digests[1]
+    assert len(set(digests[0])) == len(wanted)
+
+
+@pytest.mark.parametrize("hidden", [64, 768, 100])
+def test_rotations_are_orthonormal_and_differ_between_layers(hidden: int, base: Fingerprint) -> None:
+    wide = replace(base, hidden_size=hidden)
+    rotate = KINDS["loreft"](wide, torch.Generator().manual_seed(1)).tensors["rotate"][0]
+    torch.testing.assert_close(rotate @ rotate.mT, torch.eye(RANK).expand(base.num_layers, RANK, RANK))
+    used = hidden // RANK * RANK
+    assert bool(rotate[..., :used].all()), "none of what may be used is left out"
+    assert len({layer.numpy().tobytes() for layer in rotate}) == base.num_layers
 
 
 def test_artifacts_edit_what_they_say(base: Fingerprint, tmp_path: Path) -> None:
