@@ -1,32 +1,42 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one go: does it run, what does it cost, where does the rest go.
+# Everything that wants a GPU: does it run, what does it cost, where does the rest go.
 #
-#   benchmarks/gpu.sh [--minutes 9] [--commit HASH] [--dry-run] FOLDER [STAGE ...]
+#   benchmarks/gpu.sh [--minutes N] [--commit HASH] [--dry-run] [--print] FOLDER [STAGE ...]
 #
-# Needs a python3 (or .venv here) with vLLM's CUDA build; the project is installed beside it where it is missing. Writes
-# a JSON file for each stage, log.txt and summary.txt into FOLDER. Every stage has its share of the minutes, and what one
-# leaves goes to the others; one that fails or runs out of time does not stop them, and `steer-vllm bench` keeps the
-# loads it has measured. Stages that are named share the minutes among themselves. --commit: what the results say where
-# there is no git checkout. --dry-run: every stage on a CPU at the smallest sizes.
+# Needs a python3 (or .venv here) with vLLM's CUDA build. What is measured is the tree that this script lies in: where
+# another one is installed, or none, this one is installed into a scratch folder and goes before it. Writes a JSON file
+# for each stage, log.txt and summary.txt into FOLDER. The stages named (none: those of the table of targets) share the
+# minutes by what they want, and what one leaves goes to those behind it; one that fails or runs out of time does not
+# stop the others, except smoke. `steer-vllm bench`, serving and ops keep what they have measured. --minutes: in all, by
+# default as many as the stages want. --commit: what the results say where there is no git checkout. --dry-run: every
+# stage on a CPU at the smallest sizes. --print: only say what would be run.
 set -uo pipefail
 
-STAGES=(smoke decode kernels ops lora tests)                 # the most valuable first
-MORE=(curve step training loading prefix serving)            # by name only
-declare -A WEIGHT=([smoke]=6 [decode]=30 [kernels]=6 [ops]=4 [lora]=20 [tests]=6 [curve]=30 [step]=5 [training]=6 [loading]=10 [prefix]=10 [serving]=30)
-MARGIN=20                                                    # seconds in which an engine ends and results are written
+# Calls of at most ten minutes on a machine that allows no longer ones, the most valuable first. The first three fill
+# the table of targets without prefix cache.
+CALLS=("smoke decode" "few" "additive lora" "kernels ops step tests http" "loading prefix" "serving" "decode-cached"
+    "few-cached" "curve" "training sleeping")
+TABLE="smoke decode few additive lora"
+# Seconds that each wants, estimated: 5 rounds or more of what `steer-vllm bench` runs.
+declare -A WANTS=([smoke]=90 [decode]=450 [few]=540 [additive]=180 [lora]=360 [kernels]=120 [ops]=60 [step]=60
+    [tests]=60 [http]=240 [loading]=400 [prefix]=140 [serving]=540 [decode-cached]=540 [few-cached]=540 [curve]=540
+    [training]=120 [sleeping]=200)
+MARGIN=25                                                    # seconds in which engines end and results are written
 
 usage() {
     sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
-    echo "Stages: ${STAGES[*]}; by name only: ${MORE[*]}."
+    echo "Stages, in calls of at most ten minutes:"
+    printf '  %s\n' "${CALLS[@]}"
     exit "$1"
 }
 
-minutes=9 commit="" dry=""
+minutes="" commit="" dry="" print=""
 while [ $# -gt 0 ]; do
     case $1 in
-        --minutes) minutes=$2; shift ;;
-        --commit) commit=$2; shift ;;
+        --minutes) minutes=${2:-}; shift ;;
+        --commit) commit=${2:-}; shift ;;
         --dry-run) dry=yes ;;
+        --print) print=yes ;;
         --help | -h) usage 0 ;;
         -*) echo "gpu.sh: unknown option $1" >&2; usage 2 >&2 ;;
         *) break ;;
@@ -34,97 +44,148 @@ while [ $# -gt 0 ]; do
     shift
 done
 [ $# -gt 0 ] || usage 2 >&2
-mkdir -p "$1" || exit 2
-out=$(cd "$1" && pwd)
+folder=$1
 shift
-chosen=("${STAGES[@]}")
-[ $# -gt 0 ] && chosen=("$@")
+read -ra chosen <<<"${*:-$TABLE}"
 total=0
 for stage in "${chosen[@]}"; do
-    [ -n "${WEIGHT[$stage]:-}" ] || { echo "gpu.sh: unknown stage $stage" >&2; usage 2 >&2; }
-    total=$((total + WEIGHT[$stage]))
+    [ -n "${WANTS[$stage]:-}" ] || { echo "gpu.sh: unknown stage $stage" >&2; usage 2 >&2; }
+    total=$((total + WANTS[$stage]))
 done
+left=$((${minutes:-0} * 60))
+[ -n "$minutes" ] || left=$total
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 python=$(command -v python3)
 [ -x "$root/.venv/bin/python" ] && python=$root/.venv/bin/python
-export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_USE_FLASHINFER_SAMPLER=0 PYTHONUNBUFFERED=1 TMPDIR=$scratch
-cd "$scratch" || exit 2
-if ! "$python" -c 'import steer_vllm.training' 2>/dev/null; then
-    mkdir source && cp -r "$root"/{pyproject.toml,setup.py,README.md,LICENSE,steer_vllm,training,server} source || exit 2
-    "$python" -m pip install -q --no-index --no-deps --no-build-isolation --target "$scratch/site" ./source || exit 2
-    export PYTHONPATH=$scratch/site${PYTHONPATH:+:$PYTHONPATH}
-fi
-: >"$out/log.txt"
-: >"$out/summary.txt"
+run() {
+    if [ -n "$print" ]; then printf '%q ' "$stage" python "$@"; echo; else "${limited[@]}" "$python" "$@"; fi
+}
+bench() { run -m steer_vllm.cli bench --within $((seconds - MARGIN)) --output "$json" "$@"; }
+script() { run "$root/benchmarks/$1.py" --output "$json" "${@:2}"; }
+gpu_tests() { run -m pytest -q -c "$scratch/pytest.ini" --rootdir "$root" -m gpu "$@"; }
 
-bench() { "${limited[@]}" "$python" -m steer_vllm.cli bench --within $((seconds - MARGIN)) "$@"; }
-# The project's own settings for pytest need plugins that a GPU machine may lack.
-printf '[pytest]\naddopts = --import-mode=importlib\npythonpath = %s\nmarkers = gpu\n' "$root/tests" >pytest.ini
-gpu_tests() { "${limited[@]}" "$python" -m pytest -q -c pytest.ini --rootdir "$root" -m gpu "$@" "$root/tests/gpu"; }
-script() { "${limited[@]}" "$python" "$root/benchmarks/$1.py" "${@:2}"; }
+# The loads and modes of the table of targets. At a batch of 256 an engine takes 45 GB: three fit on a GPU of 141 GB, so
+# the plugin without low-rank rows has a run of its own there. Fewer requests leave room for all four engines.
+table=(--shape 8b --dtype bfloat16 --prompt-tokens 512 --output-tokens 256)
+few=(--batch 32,1 --prefill 1x8192,4x2048,1x2048)
+steered=idle,shared-offsets,distinct-offsets,distinct-loreft,distinct-low-rank
 
-# What is run: the 8B shape in bfloat16 on a GPU, next to nothing in a dry run. `json` is the stage's file.
+# What each stage runs; `json` is its file. On a GPU, and in a dry run.
 if [ -z "$dry" ]; then
-    big=(--shape 8b --dtype bfloat16 --prompt-tokens 512 --output-tokens 64 --batch 1,32,256)
-    smoke() { bench --shape 100m --dtype bfloat16 --no-compiled --batch 4 --rounds 1 --quick --output "$json"; }
-    decode() { bench "${big[@]}" --prefill 1x2048,1x8192 --output "$json" \
-        --modes idle-additive,idle,shared-offsets,distinct-offsets,distinct-loreft,distinct-low-rank; }
-    kernels() { script kernels --shape 8b --layers 4 --dtype bfloat16 --batch 32 --prompt-tokens 512 --output "$json"; }
-    ops() { script ops --output "$json"; }
-    lora() { bench "${big[@]}" --modes lora,eager --output "$json"; }
-    tests() { gpu_tests; }
-    curve() { bench "${big[@]}" --batch 256 --distinct 1,8,32,64,128,256 --output "$json" \
-        --modes distinct-offsets,distinct-loreft,distinct-low-rank; }
-    step() { script step --output "$json"; }
-    training() { script training --shape 1b --dtype bfloat16 --output "$json"; }
-    loading() { script loading --shape 8b --dtype bfloat16 --quick --output "$json"; }
-    prefix() { script prefix --shape 8b --dtype bfloat16 --quick --output "$json"; }
-    serving() { script serving --shape 8b --dtype bfloat16 --memory 0.3 --rounds 3 --concurrency 256 --distinct 256 \
-        --modes idle,shared,distinct-256 --output "$json"; }
+    smoke() { bench --shape 100m --dtype bfloat16 --no-compiled --batch 4 --rounds 1 --modes idle,distinct-low-rank; }
+    decode() { bench "${table[@]}" --batch 256 --modes "control,$steered"; }
+    few() { bench "${table[@]}" "${few[@]}" --modes "control,idle-additive,$steered"; }
+    additive() { bench "${table[@]}" --batch 256 --modes idle-additive; }
+    lora() { bench "${table[@]}" --batch 256,32,1 --prefill 1x8192,4x2048,1x2048 --modes lora; }
+    decode-cached() { bench "${table[@]}" --prefix-cache --batch 256 --modes "idle-additive,$steered"; }
+    few-cached() { bench "${table[@]}" --prefix-cache "${few[@]}" --modes "idle-additive,$steered"; }
+    curve() { bench "${table[@]}" --batch 256 --distinct 1,8,32,64,128,256 --modes distinct-offsets,distinct-low-rank; }
+    kernels() { script kernels --shape 8b --layers 4 --dtype bfloat16 --batch 32 --prompt-tokens 512; }
+    ops() { script ops; }
+    step() { script step; }
+    http() { script http_path --dtype bfloat16 --memory 0.03 --rounds 5; }
+    loading() { script loading --shape 8b --dtype bfloat16; }
+    prefix() { script prefix --shape 8b --dtype bfloat16; }
+    serving() {
+        script serving --shape 8b --dtype bfloat16 --concurrency 256 --waves 2 --distinct 64,128,256 --lora 256 \
+            --rounds 3
+    }
+    training() { script training --shape 1b --dtype bfloat16; }
+    tests() { gpu_tests "$root/tests/gpu/test_ops.py"; }
+    # One process for each: vLLM's allocator for sleep mode serves one engine in a process.
+    sleeping() {
+        local test failed=0
+        for test in '1-eager' '2-eager' '1-graphs' '2-graphs'; do
+            gpu_tests "$root/tests/gpu/test_sleep.py::test_answers_after_waking_up[$test]" || failed=1
+        done
+        return $failed
+    }
 else
     small=(--shape tiny --no-compiled --rounds 1 --output-tokens 8 --batch 2)
-    smoke() { bench "${small[@]}" --modes idle --output "$json"; }
-    decode() { bench "${small[@]}" --prefill 1x32 --modes idle-additive,distinct-offsets,distinct-low-rank --output "$json"; }
-    kernels() { script kernels --shape tiny --eager --batch 2 --steps 2 --modes idle --output "$json"; }
-    ops() { script ops --quick --output "$json"; }
-    lora() { bench "${small[@]}" --modes lora,eager --output "$json"; }
-    tests() { gpu_tests --collect-only; }
-    curve() { bench "${small[@]}" --distinct 1,2 --modes distinct-offsets --output "$json"; }
-    step() { script step --requests 4 --repeats 4 --output "$json"; }
-    training() { script training --shape tiny --batch 1 --tokens 16 --rounds 1 --output "$json"; }
-    loading() { script loading --shape tiny --eager --loads 2 --requests 2 --many 0 --rounds 1 --output "$json"; }
-    prefix() { script prefix --shape tiny --eager --tenants 2 --system-tokens 256 --rounds 1 --output "$json"; }
-    serving() { script serving --shape tiny --eager --modes idle --concurrency 2 --waves 1 --rounds 1 --output "$json"; }
+    smoke() { bench "${small[@]}" --modes idle,distinct-low-rank; }
+    decode() { bench "${small[@]}" --modes control,idle,distinct-offsets; }
+    few() { bench "${small[@]}" --prefill 2x32 --modes idle-additive,distinct-low-rank; }
+    additive() { bench "${small[@]}" --modes idle-additive; }
+    lora() { bench "${small[@]}" --modes lora; }
+    decode-cached() { bench "${small[@]}" --prefix-cache --modes distinct-loreft; }
+    few-cached() { bench "${small[@]}" --prefix-cache --prefill 2x32 --modes idle; }
+    curve() { bench "${small[@]}" --distinct 1,2 --modes distinct-offsets; }
+    kernels() { script kernels --shape tiny --eager --batch 2 --steps 2 --modes idle; }
+    ops() { script ops --quick; }
+    step() { script step --requests 4 --repeats 4; }
+    http() { script http_path --eager --streams 2 --requests 4 --rounds 1; }
+    loading() { script loading --shape tiny --eager --loads 2 --requests 2 --many 0 --rounds 1; }
+    prefix() { script prefix --shape tiny --eager --tenants 2 --system-tokens 256 --rounds 1; }
+    serving() { script serving --shape tiny --eager --modes idle --concurrency 2 --waves 1 --rounds 1; }
+    training() { script training --shape tiny --batch 1 --tokens 16 --rounds 1; }
+    tests() { gpu_tests --collect-only "$root/tests/gpu/test_ops.py"; }
+    sleeping() { gpu_tests --collect-only "$root/tests/gpu/test_sleep.py"; }
 fi
 
-failed=0
-for stage in "${chosen[@]}"; do
-    seconds=$(((minutes * 60 - SECONDS) * WEIGHT[$stage] / total))
-    total=$((total - WEIGHT[$stage]))
-    [ $seconds -gt $MARGIN ] || { echo "$stage: no time is left" | tee -a "$out/summary.txt"; failed=1; continue; }
-    limited=(timeout --signal=INT --kill-after=25 $seconds)
-    json=$out/$stage.json
-    rm -f "$json"
-    echo "===== $stage, at most $seconds s" | tee -a "$out/log.txt"
-    began=$SECONDS
-    "$stage" >>"$out/log.txt" 2>&1
-    status=$?
-    [ $status -eq 0 ] || failed=1
-    printf '%-9s %4d s  %s%s\n' "$stage" $((SECONDS - began)) \
-        "$([ $status -eq 0 ] && echo passed || echo "ended with $status")" \
-        "$([ -s "$json" ] && echo ", $(basename "$json")")" | tee -a "$out/summary.txt"
-done
+if [ -n "$print" ]; then
+    scratch=. seconds=600
+    for stage in "${chosen[@]}"; do json=$stage.json; "$stage"; done
+    exit 0
+fi
 
-"$python" - "$commit" "$out"/*.json <<'END'
+mkdir -p "$folder" && out=$(cd "$folder" && pwd) || exit 2
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_USE_FLASHINFER_SAMPLER=0 PYTHONUNBUFFERED=1 TMPDIR=$scratch
+: >"$out/log.txt"
+: >"$out/summary.txt"
+cd "$out" || exit 2                                          # so that recorded commands name no folder of this machine
+
+installed() { "$python" -c 'import steer_vllm.training; print(steer_vllm.__file__)' 2>/dev/null; }
+if [[ $(installed) != "$root"/* ]]; then
+    source=$scratch/source
+    mkdir "$source" || exit 2
+    cp -r "$root"/{pyproject.toml,setup.py,README.md,LICENSE,steer_vllm,training,server} "$source" || exit 2
+    "$python" -m pip install -q --no-index --no-deps --no-build-isolation --target "$scratch/site" "$source" || exit 2
+    export PYTHONPATH=$scratch/site${PYTHONPATH:+:$PYTHONPATH}
+    [[ $(installed) = "$scratch"/* ]] || { echo "gpu.sh: $root could not be put before $(installed)" >&2; exit 2; }
+fi
+# Of an installed tree the results know no commit.
+if [ -z "$commit" ] && commit=$(git -C "$root" rev-parse --short=12 HEAD 2>/dev/null); then
+    [ -z "$(git -C "$root" status --porcelain --untracked-files=no)" ] || commit+=+
+fi
+# The project's own settings for pytest need plugins that a GPU machine may lack.
+settings='[pytest]\naddopts = --import-mode=importlib -p no:cacheprovider\npythonpath = %s\nmarkers = gpu\n'
+printf "$settings" "$root/tests" >"$scratch/pytest.ini"
+
+finish() {                                                   # JSON: the commit, where it says none
+    "$python" - "$commit" "$1" <<'END'
 import json, sys
 from pathlib import Path
-for path in map(Path, sys.argv[2:]):
-    if path.exists():
-        result = json.loads(path.read_text())
-        result["commit"] = result["commit"] or sys.argv[1] or None
-        path.write_text(json.dumps(result, indent=1) + "\n")
+path = Path(sys.argv[2])
+result = json.loads(path.read_text())
+result["commit"] = result.get("commit") or sys.argv[1] or None
+path.write_text(json.dumps(result, indent=1) + "\n")
 END
+}
+
+failed=0 deadline=$((SECONDS + left))
+for stage in "${chosen[@]}"; do
+    seconds=$(((deadline - SECONDS) * WANTS[$stage] / total))
+    [ "$stage" = smoke ] && seconds=$((deadline - SECONDS < WANTS[smoke] ? deadline - SECONDS : WANTS[smoke]))
+    total=$((total - WANTS[$stage]))
+    [ $seconds -gt $MARGIN ] || { echo "$stage: no time is left" | tee -a summary.txt; failed=1; continue; }
+    limited=(timeout --signal=INT --kill-after=25 $seconds)
+    json=$stage.json
+    rm -f "$json"
+    echo "===== $stage, at most $seconds s" | tee -a log.txt
+    began=$SECONDS
+    "$stage" >>log.txt 2>&1
+    status=$?
+    [ -s "$json" ] && finish "$json"
+    printf '%-13s %4d s  %s%s\n' "$stage" $((SECONDS - began)) \
+        "$([ $status -eq 0 ] && echo passed || echo "ended with $status")" \
+        "$([ -s "$json" ] && echo ", $json")" | tee -a summary.txt
+    if [ $status -ne 0 ]; then
+        failed=1
+        sed -n "/^===== $stage,/,\$p" log.txt | tail -n 30
+        [ "$stage" != smoke ] || { echo "smoke has failed: the rest is not run" | tee -a summary.txt; break; }
+    fi
+done
 exit $failed
