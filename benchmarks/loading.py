@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import model, resident
+from harness import model, resident, script
 from harness.batch import decoding, pauses, prompt
 from harness.target import Interval, Target, on_gpu
 
@@ -234,4 +234,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -6,6 +6,7 @@ parts. Rows, digests and devices are not known here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,8 +54,9 @@ class Packed:
 
     @cached_property
     def largest(self) -> float:
-        """The largest absolute entry. Looks at all of them, once."""
-        return max((tensor.abs().max().item() for tensor in self._tensors() if tensor.numel()), default=0.0)
+        """The largest absolute entry; not finite where one is not. Looks at all of them, once."""
+        ends = [end.float() for tensor in self._tensors() if tensor.numel() for end in tensor.aminmax()]
+        return torch.stack(ends).abs().max().item() if ends else 0.0
 
     def summary(self) -> PartSummary:
         """What the host keeps of it. A float16 bias or a long sum is bounded by its largest entry."""
@@ -132,7 +134,7 @@ def pack(edits: Edits, layout: Layout, dtype: torch.dtype, where: str) -> Packed
         if rank
         else None,
     )
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in packed._tensors()):
+    if not math.isfinite(packed.largest):
         raise ArtifactInvalid(f"{where}: holds values that are not finite in the model's dtype {dtype}")
     return packed
 

@@ -73,7 +73,8 @@ class Method(ABC):
                 raise ArtifactInvalid(f"{where}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
             if tensor.dtype not in _STORED:
                 raise ArtifactInvalid(f"{where}: {name} has dtype {tensor.dtype}, expected one of {_STORED}")
-            if not bool(torch.isfinite(tensor).all()):
+            ends = torch.stack(tensor.aminmax()) if tensor.numel() else tensor  # a third of the time of all entries
+            if not bool(torch.isfinite(ends).all()):
                 raise ArtifactInvalid(f"{where}: {name} holds NaN or infinite values")
 
     def to_config(self) -> dict[str, Any]:
