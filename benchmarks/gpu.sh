@@ -5,11 +5,11 @@
 #
 # Needs a python3 (or .venv here) with vLLM's CUDA build. What is measured is the tree that this script lies in: where
 # another one is installed, or none, this one is installed into a scratch folder and goes before it. Writes a JSON file
-# for each stage, log.txt and summary.txt into FOLDER. The stages named (none: those of the table of targets) share the
+# for each stage that measures, and adds to log.txt and summary.txt in FOLDER. The stages named (none: those of the table of targets) share the
 # minutes by what they want, and what one leaves goes to those behind it; one that fails or runs out of time does not
 # stop the others, except smoke. `steer-vllm bench`, serving and ops keep what they have measured. --minutes: in all, by
-# default as many as the stages want. --commit: what the results say where there is no git checkout. --dry-run: every
-# stage on a CPU at the smallest sizes. --print: only say what would be run.
+# default as many as the stages want. --commit: what the results say where there is no git checkout. --dry-run: the
+# stages on a CPU at the smallest sizes. --print: only say what would be run.
 set -uo pipefail
 
 # Calls of at most ten minutes on a machine that allows no longer ones, the most valuable first. The first three fill
@@ -133,8 +133,6 @@ mkdir -p "$folder" && out=$(cd "$folder" && pwd) || exit 2
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_USE_FLASHINFER_SAMPLER=0 PYTHONUNBUFFERED=1 TMPDIR=$scratch
-: >"$out/log.txt"
-: >"$out/summary.txt"
 cd "$out" || exit 2                                          # so that recorded commands name no folder of this machine
 
 installed() { "$python" -c 'import steer_vllm.training; print(steer_vllm.__file__)' 2>/dev/null; }

@@ -68,7 +68,7 @@ def serve(
     per_request: Annotated[int | None, typer.Option(help="interventions of one request")] = None,
     max_scale: Annotated[float | None, typer.Option(help="largest |scale|")] = None,
     memory_gib: Annotated[
-        float | None, typer.Option(help="host memory that loaded interventions may take, in each worker")
+        float | None, typer.Option(help="GiB of host memory for loaded interventions, on each rank; default: 8")
     ] = None,
 ) -> None:
     """Serve a base model with interventions over vLLM's OpenAI API.
