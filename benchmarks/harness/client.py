@@ -62,8 +62,9 @@ class Client:
         answer = self._answer(given)
         if "error" in answer or answer["completed"] != requests:
             last = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
-            what = answer.get("error") or f"{answer['completed']} of {requests} requests were answered"
-            raise BenchmarkInvalid(f"{what}; the end of the client's log:\n{last}")
+            first = next(filter(None, answer.get("errors", ())), "no error is given")
+            what = answer.get("error") or f"{answer['completed']} of {requests} requests were answered, {first}"
+            raise BenchmarkInvalid(f"{served} at {url}: {what}; the end of the client's log:\n{last}")
         return answer
 
     def _answer(self, given: Sequence[str]) -> dict[str, Any]:
