@@ -101,6 +101,14 @@ MUTANTS = (
         (CANARY, "tests/core/test_slots.py"),
     ),
     Mutant(
+        "slots-settled-early",
+        "A prefill's token slots stay when its batch goes on to decode",
+        "steer_vllm/engine/worker.py",
+        "self._settled = view.decoding",
+        "self._settled = True",
+        ("tests/engine_units/test_worker.py",),
+    ),
+    Mutant(
         "heads-not-sliced",
         "Every rank of a tensor-parallel group takes the first rank's heads",
         "steer_vllm/engine/projection.py",
