@@ -10,6 +10,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from ..fingerprint import Fingerprint
@@ -152,7 +153,14 @@ class SyncEngine:
 
     def _run(self, talk: Conversation[T]) -> T:
         try:
-            step = next(talk)
+            return self._go_on(talk, next(talk))
+        except KeyboardInterrupt:
+            with suppress(GivenUp):
+                self._go_on(talk, talk.throw(GivenUp()))
+            raise
+
+    def _go_on(self, talk: Conversation[T], step: Call | Wait) -> T:
+        try:
             while True:
                 if isinstance(step, Wait):
                     time.sleep(step.seconds)

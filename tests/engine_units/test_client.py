@@ -224,6 +224,19 @@ def test_waits_grow_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(waits) < 2
 
 
+def test_an_interrupted_load_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in a notebook, which goes on afterwards."""
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(client.time, "sleep", interrupted)
+    core = Core(begin=[{**BUSY, **NEW}], drop=[FINE], close=[READY], free=[FINE])
+    with pytest.raises(KeyboardInterrupt):
+        SyncEngine(Holder(core)).load("folder", "digest")
+    assert core.methods == ["begin", "drop", "close", "free"]
+
+
 @pytest.mark.parametrize("gone", ["before", "meanwhile"])
 @pytest.mark.parametrize("driver", ["sync", "async"])
 def test_a_dead_engine_is_no_hang(driver: str, gone: str, monkeypatch: pytest.MonkeyPatch) -> None:
