@@ -21,7 +21,7 @@ test: env  ## every test that needs no GPU
 	@$(BIN)/pytest -q -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 fuzz: env  ## draw engines and requests for MINUTES (60), every answer held against transformers
-	@cd tests && ../$(BIN)/python -m differential.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+	@cd tests && ../$(BIN)/python -m differential.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(if $(EXAMPLES),--examples $(EXAMPLES))
 
 repeat: env  ## run a failing case of the line above again: CASE=FILE
 	@cd tests && ../$(BIN)/python -m differential.repeat $(abspath $(CASE))
