@@ -21,6 +21,7 @@ from typing import Any
 
 METRICS = ("ttft", "tpot", "itl", "e2el")
 _RUNS_WITHIN = 600.0  # seconds
+_ERROR = "first error"
 
 
 class Client:
@@ -55,15 +56,16 @@ class Client:
             *("--backend=openai", f"--base-url={url}", "--endpoint=/v1/completions", "--disable-tqdm"),
             *(f"--model={model}", f"--served-model-name={served}", "--dataset-name=random", "--ignore-eos"),
             *(f"--num-prompts={requests}", "--temperature=0", "--ready-check-timeout-sec=0"),
-            *(f"--percentile-metrics={','.join(METRICS)}", "--metric-percentiles=50,99"),
+            *(f"--percentile-metrics={','.join(METRICS)}", "--metric-percentiles=50,99", "--save-detailed"),
             *arguments,
             *(("--lora-assignment=round-robin", "--lora-modules", *names) if names else ()),
         ]
         answer = self._answer(given)
         if "error" in answer or answer["completed"] != requests:
             last = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
-            first = next(filter(None, answer.get("errors", ())), "no error is given")
-            what = answer.get("error") or f"{answer['completed']} of {requests} requests were answered, {first}"
+            what = answer.get("error") or (
+                f"{answer['completed']} of {requests} requests were answered; one of the others: {answer[_ERROR]}"
+            )
             raise BenchmarkInvalid(f"{served} at {url}: {what}; the end of the client's log:\n{last}")
         return answer
 
@@ -94,7 +96,7 @@ class Client:
 
 
 def main() -> None:
-    """Answer until the other end closes. Only the summaries of a result are sent, no list."""
+    """Answer until the other end closes. Only the summaries of a result are sent, and of the errors the first."""
     from vllm.benchmarks.serve import add_cli_args
     from vllm.benchmarks.serve import main as bench
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -108,6 +110,7 @@ def main() -> None:
             try:
                 result = bench(parser.parse_args(json.loads(line)))
                 answer = {name: value for name, value in result.items() if isinstance(value, (int, float))}
+                answer[_ERROR] = next(filter(None, result["errors"]), "")
             except (Exception, SystemExit) as error:
                 traceback.print_exc()
                 answer = {"error": f"{type(error).__name__}: {error}"}

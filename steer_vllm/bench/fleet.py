@@ -1,6 +1,7 @@
-"""The engines of a run: started with what their modes need, and filled with interventions and adapters.
+"""The engines of a run: started with what their modes need, filled with interventions and adapters, and asked.
 
-All are alive at once. On a GPU each is given its KV cache in bytes, so that none looks at the memory that others take.
+All are alive at once and one works at a time. On a GPU each is given its KV cache in bytes, so that none looks at the
+memory that others take.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from ..fingerprint import Fingerprint
 from .artifacts import RANK, make_all
 from .engine import Engine
 from .lora import make_adapter
-from .modes import ADDITIVE, CONTROL, EAGER, ENGINES, LORA, STEERED, Case
-from .workload import ALIGN, Workload
+from .modes import ADDITIVE, CONTROL, EAGER, ENGINES, LORA, PLAIN, STEERED, Case
+from .workload import ALIGN, Load, Workload
 
 _EVERY = {
     "HF_HUB_OFFLINE": "1",
@@ -31,6 +32,9 @@ _ON_CPU = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_AOT_COMPILE": "0",
 }
+_SHARE = 0.1
+"""Seconds until one of two engines that alternate lets the other work, at the end of a step: long enough for caches to
+fill again, short enough that a machine which is shared with others does to both what it does to one."""
 _GIB = 1 << 30
 _GPU_BLOCK = 16
 """KV block size of vLLM's attention on a GPU; several engines share its memory."""
@@ -107,14 +111,47 @@ class Fleet:
 
     def ask(self, case: Case, call: str, **more: Any) -> dict[str, Any]:
         """What the probe of the case's engine answers to one of its calls for this batch."""
+        return self.engines[case.mode.engine].ask(**self._request(case, call, **more))
+
+    def _request(self, case: Case, call: str, **more: Any) -> dict[str, Any]:
         numbers = case.adapters()
-        return self.engines[case.mode.engine].ask(
-            call=call,
-            prompts=self._workload.prompts(case.load),
-            interventions=case.interventions(),
-            adapters=None if numbers is None else [[number, str(self._adapter)] for number in numbers],
+        return {
+            "call": call,
+            "prompts": self._workload.prompts(case.load),
+            "interventions": case.interventions(),
+            "adapters": None if numbers is None else [[number, str(self._adapter)] for number in numbers],
             **more,
-        )
+        }
+
+    def together(self, cases: Sequence[Case]) -> Sequence[Sequence[Case]]:
+        """Which cases of a load run side by side: on a CPU every one that decodes with plain vLLM, else each alone.
+
+        A GPU's engines are in processes of their own, where they are a step ahead of who asks them.
+        """
+        plain = [case for case in cases if case.mode.name == PLAIN]
+        others = [case for case in cases if case.mode.name != PLAIN]
+        if torch.cuda.is_available() or not (others and cases[0].load.decodes):
+            return [[case] for case in cases]
+        return [[*plain, case] for case in others]
+
+    def run(self, cases: Sequence[Case]) -> list[dict[str, Any]]:
+        """What the probes answer to the batches of these cases, each of another engine: several work in alternation."""
+        share = _SHARE if len(cases) > 1 else None
+        requests = {case: self._request(case, "run", share=share, **_length(case.load)) for case in cases}
+        answers: dict[Case, dict[str, Any]] = {}
+        while requests:
+            for case, request in list(requests.items()):
+                answer = self.engines[case.mode.engine].ask(**request)
+                if "waits" in answer:
+                    requests[case] = {"call": "go on"}
+                else:
+                    answers[case] = answer
+                    del requests[case]
+        return [answers[case] for case in cases]
+
+
+def _length(load: Load) -> dict[str, int]:
+    return {"tokens": load.output_tokens, "repeats": load.repeats}
 
 
 def limits(requests: int, low_rank: bool) -> dict[str, int]:

@@ -5,7 +5,7 @@ Every number shown is computed from the samples that the JSON keeps. It runs not
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +21,10 @@ BENCHMARK, FORMAT = "offline", 2
 
 @dataclass(frozen=True)
 class Row:
-    """A case and what was measured of it. ratio: of plain vLLM's tokens per second under the same load."""
+    """A case and what was measured of it.
+
+    ratio: of plain vLLM's throughput under the same load, by the median step of a turn. with_outliers: by all steps.
+    """
 
     load: str
     mode: str
@@ -30,6 +33,7 @@ class Row:
     step_ms: Spread
     first_tokens_ms: Spread
     ratio: Ratio
+    with_outliers: Ratio
 
 
 def assemble(workload: Workload, cases: Sequence[Case], outcome: Outcome) -> dict[str, Any]:
@@ -59,14 +63,34 @@ def rows(result: Mapping[str, Any]) -> Iterator[Row]:
         for sample in samples:
             if sample["load"] == load:
                 of.setdefault((sample["mode"], sample["distinct"]), []).append(sample)
-        plain = [sample["tokens_per_second"] for sample in of.get((PLAIN, 0), ())]
+        plain = _Plain(of.get((PLAIN, 0), ()))
         for mode, distinct in sorted(of, key=lambda key: (order[key[0]], key[1])):
             values = {
                 name: [sample[name] for sample in of[mode, distinct]]
                 for name in ("tokens_per_second", "step_ms", "first_tokens_ms")
             }
-            ratio = Ratio.paired(values["tokens_per_second"], plain)
-            yield Row(load, mode, distinct, **{name: Spread.of(some) for name, some in values.items()}, ratio=ratio)
+            beside = [plain.beside(sample) for sample in of[mode, distinct]]
+            yield Row(
+                load,
+                mode,
+                distinct,
+                **{name: Spread.of(some) for name, some in values.items()},
+                ratio=Ratio.paired([one["step_ms"] for one in beside], values["step_ms"]),
+                with_outliers=Ratio.paired(values["tokens_per_second"], [one["tokens_per_second"] for one in beside]),
+            )
+
+
+class _Plain:
+    """Plain vLLM's samples under a load."""
+
+    def __init__(self, samples: Iterable[Mapping[str, Any]]) -> None:
+        self._of_turn = {(one["round"], one["turn"]): one for one in samples}
+        self._of_round = {number: one for (number, _), one in self._of_turn.items()}
+
+    def beside(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
+        """That of the sample's turn, where it worked in alternation with plain vLLM; else that of its round."""
+        number = sample["round"]
+        return self._of_turn.get((number, sample["turn"]), self._of_round[number])
 
 
 def _load_name(load: Mapping[str, Any]) -> str:

@@ -1,14 +1,15 @@
 """One run: start the engines, see that every case does what it says, then let the cases take turns.
 
 All engines live at once and one works at a time; a turn begins when the others use no CPU. Each round runs every case
-once: load by load as they were asked for, the cases of a load in an order of its own.
+once: load by load as they were asked for, the cases of a load in an order of its own. In a turn one case runs, or plain
+vLLM and another in alternation.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -28,7 +29,7 @@ _REHEARSED = (64, 16)
 
 @dataclass(frozen=True)
 class Sample:
-    """One case in one round. tokens_per_second: of the whole batch, of `steps` steps; step_ms: their median.
+    """One case in one turn. tokens_per_second: of the whole batch, of `steps` steps; step_ms: their median.
 
     Of a decode load the steps are those in which every request decodes, of a prefill load a step is one repeat, from
     the call to the last first token. first_tokens_ms: from the call until every request has its first token.
@@ -80,8 +81,11 @@ def measure(
                 began = time.monotonic()
                 if number and began + longest[load] > until:
                     continue  # another may be short enough
-                of = [case for case in cases if case.load == load]
-                samples += _turns(number, fleet, order.sample(of, len(of)), workload, say)
+                turns = fleet.together([case for case in cases if case.load == load])
+                for turn, of in enumerate(order.sample(turns, len(turns))):
+                    modes = " and ".join(case.mode.name for case in of)
+                    say(f"round {number + 1} of {workload.rounds}: {load.name}, {modes}")
+                    samples += _turn(number, turn, fleet, order.sample(of, len(of)))
                 keep(Outcome(samples, same, fleet.facts))
                 longest[load] = max(longest[load], time.monotonic() - began)
 
@@ -118,18 +122,15 @@ def _shortened(load: Load) -> Load:
     return replace(load, prompt_tokens=min(load.prompt_tokens, prompt), output_tokens=min(load.output_tokens, output))
 
 
-def _turns(
-    number: int, fleet: Fleet, cases: Sequence[Case], workload: Workload, say: Callable[[str], None]
-) -> Iterable[Sample]:
-    for turn, case in enumerate(cases):
-        say(f"round {number + 1} of {workload.rounds}: {case.load.name}, {case.mode.name}")
-        others = [engine for name, engine in fleet.engines.items() if name != case.mode.engine]
-        rest(others)
-        before, began = sum(engine.cpu_seconds() for engine in others), time.monotonic()
-        answer = fleet.ask(case, "run", tokens=case.load.output_tokens, repeats=case.load.repeats)
-        took = time.monotonic() - began
-        used = (sum(engine.cpu_seconds() for engine in others) - before) / took
-        yield _sample(number, turn, case, answer, used)
+def _turn(number: int, turn: int, fleet: Fleet, cases: Sequence[Case]) -> list[Sample]:
+    working = {case.mode.engine for case in cases}
+    others = [engine for name, engine in fleet.engines.items() if name not in working]
+    rest(others)
+    before, began = sum(engine.cpu_seconds() for engine in others), time.monotonic()
+    answers = fleet.run(cases)
+    took = time.monotonic() - began
+    used = (sum(engine.cpu_seconds() for engine in others) - before) / took
+    return [_sample(number, turn, case, answer, used) for case, answer in zip(cases, answers, strict=True)]
 
 
 def _sample(number: int, turn: int, case: Case, answer: dict[str, Any], others: float) -> Sample:

@@ -1,7 +1,7 @@
 """Medians, their spread, and how sure a ratio is.
 
-Rounds are paired: in each, every mode ran once on the same machine in the same minute, so a ratio is taken within a
-round and what the machine did between rounds cancels.
+Rounds are paired: in each, a mode and plain vLLM ran on the same machine within a minute, or in alternation, so a ratio
+is taken within a round and what the machine did between rounds cancels.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Ratio:
 
     @classmethod
     def paired(cls, mode: Sequence[float], plain: Sequence[float], seed: int = 0) -> Ratio:
-        """mode, plain: one value per round, in the order of rounds.
+        """mode, plain: one value per round, in the same order.
 
         Percentile bootstrap over rounds (Efron 1979), 10,000 resamples. Errors: `ValueError` for unequal lengths.
         """

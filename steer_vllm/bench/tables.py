@@ -23,6 +23,7 @@ COLUMNS = (
     "95% interval",
     "quartiles",
     "target",
+    "with outliers",
     "first ms",
 )
 _CONSOLE = ("mode", "distinct", "tokens/s", "of plain", "95% interval", "target")
@@ -41,10 +42,11 @@ def cells(result: Mapping[str, Any], row: Row) -> dict[str, str]:
         "95% interval": ratio.interval,
         "quartiles": between(ratio.q1, ratio.q3),
         "target": "" if least is None else f"{least:.1%}: {targets.verdict(ratio, least)}",
+        "with outliers": f"{row.with_outliers.median:.1%}",
         "first ms": f"{row.first_tokens_ms.median:.0f}",
     }
     if row.mode == PLAIN:
-        return {**shown, "of plain": "", "95% interval": "", "quartiles": ""}
+        return {**shown, "of plain": "", "95% interval": "", "quartiles": "", "with outliers": ""}
     return shown
 
 

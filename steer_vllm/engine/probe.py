@@ -16,9 +16,12 @@ from typing import Any
 
 
 class Probe:
-    """One engine. Times are of the engine core's clock, which is the machine's monotonic one."""
+    """One engine. Times are of the engine core's clock, the machine's monotonic one, without what it waited.
 
-    def __init__(self, *, steered: bool, **arguments: Any) -> None:
+    wait: tells the caller that the engine waits, and comes back when it is told to go on.
+    """
+
+    def __init__(self, wait: Callable[[], None], *, steered: bool, **arguments: Any) -> None:
         import vllm
         from vllm.config import CompilationMode
         from vllm.platforms import current_platform
@@ -28,6 +31,9 @@ class Probe:
         self._llm = LLM(**arguments) if steered else vllm.LLM(**arguments)
         core: Any = self._llm.llm_engine.engine_core
         self._steps: list[tuple[float, list[str]]] = []
+        self._wait = wait
+        self._share: float | None = None
+        self._went_on = self._waited = 0.0
         core.get_output = self._noting(core.get_output)
         config = self._llm.llm_engine.vllm_config
         self._caches: bool = config.cache_config.enable_prefix_caching
@@ -45,20 +51,25 @@ class Probe:
             self._llm.load_intervention(name, folder)
         return {}
 
-    def run(self, prompts: list[list[int]], tokens: int, repeats: int = 1, **asked: Any) -> dict[str, Any]:
+    def run(
+        self, prompts: list[list[int]], tokens: int, repeats: int = 1, share: float | None = None, **asked: Any
+    ) -> dict[str, Any]:
         """Generate exactly `tokens` for each prompt, greedily, `repeats` times with nothing in the prefix cache.
 
-        asked: as `_prepared` takes it. runs: for each repeat, `decode`, when each step ended in which every request
-        decoded, after the one that brought the last first token, and `first_tokens`, seconds from the call of the
-        engine until then. tokens: what was generated last, per prompt.
+        share: seconds after which the engine waits between two steps; it needs to be in this process
+        (VLLM_ENABLE_V1_MULTIPROCESSING=0). asked: as `_prepared` takes it. runs: for each repeat, `decode`, when each
+        step ended in which every request decoded, after the one that brought the last first token, and `first_tokens`,
+        seconds from the call of the engine until then. tokens: what was generated last, per prompt.
         """
         runs = []
         for _ in range(repeats):
             generate = self._prepared(prompts, tokens, **asked)
-            began = time.monotonic()
+            self._share, self._went_on, self._waited = share, time.monotonic(), 0.0
+            began = self._went_on
             generated = generate()
             decode = _decoding(self._steps, len(prompts))
             runs.append({"decode": decode, "first_tokens": decode[0] - began})
+        self._share = None
         return {"runs": runs, "tokens": generated}
 
     def profile(self, prompts: list[list[int]], steps: int, **asked: Any) -> dict[str, Any]:
@@ -125,10 +136,19 @@ class Probe:
             outputs = get_output()
             ids = [output.request_id for output in outputs.outputs if output.new_token_ids]
             if ids:
-                self._steps.append((outputs.timestamp, ids))
+                self._steps.append((outputs.timestamp - self._waited, ids))
+                self._let_others()
             return outputs
 
         return noted
+
+    def _let_others(self) -> None:
+        """Wait, if the engine has had its share of time."""
+        stopped = time.monotonic()
+        if self._share is not None and stopped - self._went_on >= self._share:
+            self._wait()
+            self._went_on = time.monotonic()
+            self._waited += self._went_on - stopped
 
 
 def _decoding(steps: list[tuple[float, list[str]]], requests: int) -> list[float]:
@@ -146,23 +166,35 @@ def _decoding(steps: list[tuple[float, list[str]]], requests: int) -> list[float
 
 
 def main() -> None:
-    """Answer requests until the other end closes. A failed request is answered with its error; the process stays."""
+    """Answer requests until the other end closes. A failed request is answered with its error; the process stays.
+
+    An engine that waits answers so, and goes on at the next line.
+    """
     with socket.socket(fileno=int(sys.argv[1])) as end, end.makefile("rw") as lines:
         end.set_inheritable(False)
         probe: Probe | None = None
+
+        def say(answer: dict[str, Any]) -> None:
+            lines.write(json.dumps(answer) + "\n")
+            lines.flush()
+
+        def wait() -> None:
+            say({"waits": True})
+            if not lines.readline():
+                sys.exit("nobody is there to say go on")
+
         for line in lines:
             request = json.loads(line)
             try:
                 if probe is None:
-                    probe = Probe(**request)
+                    probe = Probe(wait, **request)
                     answer = probe.facts
                 else:
                     answer = getattr(probe, request.pop("call"))(**request)
             except Exception as error:
                 traceback.print_exc()
                 answer = {"error": f"{type(error).__name__}: {error}"}
-            lines.write(json.dumps(answer) + "\n")
-            lines.flush()
+            say(answer)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,18 @@ class Fleet:
         self.engines: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
 
-    def ask(self, case: Case, call: str, tokens: int, repeats: int | None = None) -> dict[str, Any]:
-        if repeats is not None:
-            Fleet.clock += 100.0 if case.load == LARGE else 1.0
+    def ask(self, case: Case, call: str, tokens: int) -> dict[str, Any]:
         steps = {"decode": [float(step) for step in range(tokens)], "first_tokens": 1.0}
         generated = [int(bool(case.mode.kinds))] * tokens
         return {"tokens": [generated] * case.load.requests, "runs": [steps]}
+
+    def together(self, cases: Sequence[Case]) -> Sequence[Sequence[Case]]:
+        return [[case] for case in cases]
+
+    def run(self, cases: Sequence[Case]) -> list[dict[str, Any]]:
+        for case in cases:
+            Fleet.clock += 100.0 if case.load == LARGE else 1.0
+        return [self.ask(case, "run", case.load.output_tokens) for case in cases]
 
 
 @pytest.fixture
@@ -72,3 +79,14 @@ def test_a_load_that_is_too_long_leaves_its_time_to_shorter_ones(measured: Any) 
 def test_the_first_round_is_whole(measured: Any) -> None:
     _, rounds = measured(0.0)
     assert rounds == [["decode 8"] * 3 + ["decode 2"] * 3]
+
+
+def test_plain_runs_beside_every_other_mode(measured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, *others = (case for case in CASES if case.load == LARGE)
+    monkeypatch.setattr(Fleet, "together", lambda self, cases: [[cases[0], other] for other in cases[1:]])
+    kept, _ = measured(0.0)
+    turns: dict[int, set[str]] = {}
+    for sample in kept[-1].samples:
+        if sample.load == LARGE.name:
+            turns.setdefault(sample.turn, set()).add(sample.mode)
+    assert sorted(map(sorted, turns.values())) == sorted(sorted({"plain", case.mode.name}) for case in others)

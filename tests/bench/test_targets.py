@@ -28,10 +28,18 @@ def measured(ratios: Mapping[tuple[str, str], float | Sequence[float]], **change
     def distinct(load: str, mode: str) -> int:
         return int(load.split()[1].split("x")[0]) if MODES[mode].distinct else int(bool(MODES[mode].kinds))
 
-    rates = ("tokens_per_second", "step_ms", "first_tokens_ms")
     samples = [
-        {"round": number, "load": load, "mode": mode, "distinct": distinct(load, mode), **dict.fromkeys(rates, one)}
-        for (load, mode), ratio in every.items()
+        {
+            "round": number,
+            "turn": turn,
+            "load": load,
+            "mode": mode,
+            "distinct": distinct(load, mode),
+            "tokens_per_second": one,
+            "step_ms": 1 / one,
+            "first_tokens_ms": 1.0,
+        }
+        for turn, ((load, mode), ratio) in enumerate(every.items())
         for number, one in enumerate(
             [ratio] * changed.get("rounds", ROUNDS) if isinstance(ratio, (int, float)) else ratio
         )
