@@ -51,17 +51,16 @@ one of throughput also where there were fewer than five rounds.
 How `steer-vllm bench` measures: engines with and without the plugin run at the same time in processes of their own, and
 one works at a time. A round runs every mode once, in random order; a turn begins when the other engines use no CPU. All
 requests of the batch start together; timed are the decode steps in which all of them take part, by the engine core's
-clock, or, of a prefill, the time from the call to the last first token. A ratio is taken within each round, from the
-median step of each: steps that a shared machine interrupts are several times as long and would hide what is looked for;
-`with outliers` is the ratio by all steps. Shown are its median over the rounds, the 95% bootstrap interval of that
-median, and the quartiles. `distinct` is the number of different interventions in the batch, `first ms` the time until
-every request has its first token. `control` is a second process of plain vLLM: it says what two processes differ by
-without a cause.
+clock, or, of a prefill, the time from the call to the last first token. A ratio is taken within each round; shown are
+its median over the rounds, the 95% bootstrap interval of that median, and the quartiles. `distinct` is the number of
+different interventions in the batch, `first ms` the time until every request has its first token. `control` is a second
+process of plain vLLM: it says what two processes differ by without a cause.
 
-On CPUs core and worker are in one process, so that engines which wait use no core, and nothing that the plugin does is
-hidden behind the core's work. There a decode batch of each mode runs in alternation with one of plain vLLM: one of the
-two makes steps for a tenth of a second while the other stands between two of its own, and then they change places. The
-time that an engine stands is not counted, and whatever else the machine does happens to both alike.
+On CPUs core and worker are in one process, so that an engine which waits uses no core, and nothing that the plugin does
+is hidden behind the core's work. There every mode decodes in alternation with plain vLLM: eight steps of the one, eight
+of the other, the first of each eight not counted. What else a shared machine does happens to both, but not to the same
+steps: a step that is interrupted takes several times as long. So the ratio is there that of the median steps; `with
+outliers` is the ratio by all steps.
 """
 
 

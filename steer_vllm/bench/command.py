@@ -14,7 +14,7 @@ from rich.console import Console
 from ..errors import BenchmarkInvalid
 from . import options, tables
 from .modes import cases, choose
-from .result import assemble
+from .result import assemble, begin
 from .run import Outcome, measure
 from .shapes import SHAPES, shape
 from .workload import Workload
@@ -73,11 +73,12 @@ def bench(
     chosen = cases(choose(modes, quick), workload.loads, counts)
     if not output.absolute().parent.is_dir():
         raise BenchmarkInvalid(f"--output {output}: there is no such folder")
+    begun = begin(workload)
     result = {}
 
     def keep(outcome: Outcome) -> None:
         nonlocal result
-        result = {**assemble(workload, chosen, outcome), "within_s": within}
+        result = {**assemble(begun, chosen, outcome), "within_s": within}
         output.write_text(json.dumps(result, indent=1) + "\n")
 
     console = Console()

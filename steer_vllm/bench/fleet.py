@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..engine.probe import GO_ON
 from ..fingerprint import Fingerprint
 from .artifacts import RANK, make_all
 from .engine import Engine
@@ -32,16 +33,20 @@ _ON_CPU = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_AOT_COMPILE": "0",
 }
-_SHARE = 0.1
-"""Seconds until one of two engines that alternate lets the other work, at the end of a step: long enough for caches to
-fill again, short enough that a machine which is shared with others does to both what it does to one."""
+SHARE = 8
+"""Steps that one of two engines in alternation makes until it lets the other work. The first is not counted: it finds
+caches and threads as the other left them. Few enough that what else happens on the machine happens to both."""
 _GIB = 1 << 30
 _GPU_BLOCK = 16
 """KV block size of vLLM's attention on a GPU; several engines share its memory."""
 
 
 class Fleet:
-    """engines: by name. facts: what each says of itself."""
+    """engines: by name. facts: what each says of itself. share: steps at a time of those that decode in alternation.
+
+    On a GPU none do, and it is None: core and worker have a process of their own there, and work on when the process
+    that asks them stands still.
+    """
 
     def __init__(
         self,
@@ -60,6 +65,7 @@ class Fleet:
         """
         self.engines: dict[str, Engine] = {}
         self.facts: dict[str, dict[str, Any]] = {}
+        self.share = None if torch.cuda.is_available() else SHARE
         self._cases, self._workload, self._folder = cases, workload, folder
         self._model = folder / "model"
         self._adapter = folder / "adapter"
@@ -124,26 +130,23 @@ class Fleet:
         }
 
     def together(self, cases: Sequence[Case]) -> Sequence[Sequence[Case]]:
-        """Which cases of a load run side by side: on a CPU every one that decodes with plain vLLM, else each alone.
-
-        A GPU's engines are in processes of their own, where they are a step ahead of who asks them.
-        """
+        """Which cases of a load work in alternation: each that decodes and plain vLLM, where engines can do so."""
         plain = [case for case in cases if case.mode.name == PLAIN]
         others = [case for case in cases if case.mode.name != PLAIN]
-        if torch.cuda.is_available() or not (others and cases[0].load.decodes):
+        if self.share is None or not (others and cases[0].load.decodes):
             return [[case] for case in cases]
         return [[*plain, case] for case in others]
 
     def run(self, cases: Sequence[Case]) -> list[dict[str, Any]]:
         """What the probes answer to the batches of these cases, each of another engine: several work in alternation."""
-        share = _SHARE if len(cases) > 1 else None
+        share = self.share if len(cases) > 1 else None
         requests = {case: self._request(case, "run", share=share, **_length(case.load)) for case in cases}
         answers: dict[Case, dict[str, Any]] = {}
         while requests:
             for case, request in list(requests.items()):
                 answer = self.engines[case.mode.engine].ask(**request)
                 if "waits" in answer:
-                    requests[case] = {"call": "go on"}
+                    requests[case] = GO_ON
                 else:
                     answers[case] = answer
                     del requests[case]

@@ -16,14 +16,15 @@ from .run import Outcome
 from .spread import Ratio, Spread
 from .workload import Load, Workload
 
-BENCHMARK, FORMAT = "offline", 2
+BENCHMARK, FORMAT = "offline", 3
 
 
 @dataclass(frozen=True)
 class Row:
     """A case and what was measured of it.
 
-    ratio: of plain vLLM's throughput under the same load, by the median step of a turn. with_outliers: by all steps.
+    ratio: of plain vLLM's speed under the same load; where they decoded in alternation that of the median step of a
+    turn, else that of all steps. with_outliers: that of all steps in any case.
     """
 
     load: str
@@ -36,12 +37,19 @@ class Row:
     with_outliers: Ratio
 
 
-def assemble(workload: Workload, cases: Sequence[Case], outcome: Outcome) -> dict[str, Any]:
-    """Everything there is to know of a run, as JSON values."""
-    samples = [asdict(sample) for sample in outcome.samples]
+def begin(workload: Workload) -> dict[str, Any]:
+    """What is known of a run before it begins: its code may change while it runs."""
     facts = {**asdict(workload), "parameters": workload.shape.parameters}
+    return record.begin(BENCHMARK, FORMAT, facts, None)
+
+
+def assemble(begun: Mapping[str, Any], cases: Sequence[Case], outcome: Outcome) -> dict[str, Any]:
+    """Everything there is to know of a run, as JSON values. begun: what `begin` said."""
+    samples = [asdict(sample) for sample in outcome.samples]
     result = {
-        **record.begin(BENCHMARK, FORMAT, facts, outcome.facts[PLAIN]["device"]),
+        **begun,
+        "hardware": {**begun["hardware"], "device": outcome.facts[PLAIN]["device"]},
+        "share": outcome.share,
         "engines": outcome.facts,
         "modes": {case.mode.name: asdict(case.mode) for case in cases},
         "same_as_plain": [[*key, share] for key, share in outcome.same_as_plain.items()],
@@ -70,14 +78,21 @@ def rows(result: Mapping[str, Any]) -> Iterator[Row]:
                 for name in ("tokens_per_second", "step_ms", "first_tokens_ms")
             }
             beside = [plain.beside(sample) for sample in of[mode, distinct]]
+            whole = Ratio.paired(values["tokens_per_second"], [one["tokens_per_second"] for one in beside])
+            typical = Ratio.paired(_speeds(of[mode, distinct]), _speeds(beside))
             yield Row(
                 load,
                 mode,
                 distinct,
                 **{name: Spread.of(some) for name, some in values.items()},
-                ratio=Ratio.paired([one["step_ms"] for one in beside], values["step_ms"]),
-                with_outliers=Ratio.paired(values["tokens_per_second"], [one["tokens_per_second"] for one in beside]),
+                ratio=whole if result["share"] is None else typical,
+                with_outliers=whole,
             )
+
+
+def _speeds(samples: Iterable[Mapping[str, Any]]) -> list[float]:
+    """Of the median step, in steps per second."""
+    return [1000 / sample["step_ms"] for sample in samples]
 
 
 class _Plain:
@@ -88,9 +103,15 @@ class _Plain:
         self._of_round = {number: one for (number, _), one in self._of_turn.items()}
 
     def beside(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
-        """That of the sample's turn, where it worked in alternation with plain vLLM; else that of its round."""
+        """That of the sample's turn, where it worked in alternation with plain vLLM; else that of its round.
+
+        Errors: `BenchmarkInvalid` when there is none.
+        """
         number = sample["round"]
-        return self._of_turn.get((number, sample["turn"]), self._of_round[number])
+        found = self._of_turn.get((number, sample["turn"])) or self._of_round.get(number)
+        if found is None:
+            raise BenchmarkInvalid(f"round {number}, {sample['load']}: plain vLLM was not measured")
+        return found
 
 
 def _load_name(load: Mapping[str, Any]) -> str:

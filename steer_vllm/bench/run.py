@@ -1,8 +1,8 @@
 """One run: start the engines, see that every case does what it says, then let the cases take turns.
 
-All engines live at once and one works at a time; a turn begins when the others use no CPU. Each round runs every case
-once: load by load as they were asked for, the cases of a load in an order of its own. In a turn one case runs, or plain
-vLLM and another in alternation.
+All engines live at once and one works at a time; a turn begins when the others use no CPU. In a turn one case runs, or
+plain vLLM and another in alternation. Each round runs every case once, plain vLLM as often as there are others in
+alternation: load by load as they were asked for, the turns of a load in an order of its own.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _REHEARSED = (64, 16)
 class Sample:
     """One case in one turn. tokens_per_second: of the whole batch, of `steps` steps; step_ms: their median.
 
-    Of a decode load the steps are those in which every request decodes, of a prefill load a step is one repeat, from
-    the call to the last first token. first_tokens_ms: from the call until every request has its first token.
-    others_cpu: CPU time of the engines that had to rest, as a share of the turn's length.
+    Of a decode load the steps are those in which every request decodes, without the first after each wait; of a prefill
+    load a step is one repeat, from the call to the last first token. first_tokens_ms: from the call until every request
+    has its first token. others_cpu: CPU time of the engines that had to rest, as a share of the turn's length.
     """
 
     round: int
@@ -50,9 +50,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Outcome:
-    """same_as_plain: by case, the share of requests that generated what plain vLLM did. facts: by engine."""
+    """same_as_plain: by case, the share of requests that generated what plain vLLM did. facts: by engine.
+
+    share: steps that engines in alternation make at a time; None where each decodes alone.
+    """
 
     samples: list[Sample]
+    share: int | None
     same_as_plain: dict[tuple[str, str, int], float]
     facts: dict[str, dict[str, Any]]
 
@@ -86,7 +90,7 @@ def measure(
                     modes = " and ".join(case.mode.name for case in of)
                     say(f"round {number + 1} of {workload.rounds}: {load.name}, {modes}")
                     samples += _turn(number, turn, fleet, order.sample(of, len(of)))
-                keep(Outcome(samples, same, fleet.facts))
+                keep(Outcome(samples, fleet.share, same, fleet.facts))
                 longest[load] = max(longest[load], time.monotonic() - began)
 
 
@@ -139,7 +143,7 @@ def _sample(number: int, turn: int, case: Case, answer: dict[str, Any], others: 
         raise BenchmarkInvalid(f"{name}: a request did not generate {load.output_tokens} tokens")
     first = [run["first_tokens"] for run in answer["runs"]]
     if load.decodes:
-        steps = [b - a for run in answer["runs"] for a, b in pairwise(run["decode"])]
+        steps = [b - a for run in answer["runs"] for stretch in run["decode"] for a, b in pairwise(stretch)]
         if len(steps) < load.repeats * (load.output_tokens // 2 - 1):
             raise BenchmarkInvalid(f"{name}: only {len(steps)} steps decoded the whole batch")
         rate = load.requests * len(steps) / sum(steps)

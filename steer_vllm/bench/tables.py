@@ -56,9 +56,13 @@ def conditions(result: Mapping[str, Any]) -> str:
     return (
         f"Llama of {work['parameters'] / 1e6:.0f}M random weights, {work['dtype']}, "
         f"{'compiled' if work['compiled'] else 'eager'}, prefix cache {'on' if work['prefix_cache'] else 'off'}; "
-        f"{_loads([Load(**load) for load in work['loads']])}; {_rounds(result)}, seed "
+        f"{_loads([Load(**load) for load in work['loads']])}; {_rounds(result)}{_share(result['share'])}, seed "
         f"{work['seed']}. {_engines(result['engines'])}{record.origin(result)}"
     )
+
+
+def _share(steps: int | None) -> str:
+    return "" if steps is None else f" in alternation with plain vLLM, {steps} steps each at a time"
 
 
 def _rounds(result: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """An engine in a process of its own, which runs batches and says when each decode step of them ended.
 
 Run as `python -m steer_vllm.engine.probe FD`, FD being one end of a socket on which requests and answers are lines of
-JSON. It measures and compares nothing; whether the plugin is in it is said by the caller (and by VLLM_PLUGINS).
+JSON. An engine that is to let others work answers that it waits, and goes on when it is told to. It measures and
+compares nothing; whether the plugin is in it is said by the caller (and by VLLM_PLUGINS).
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+GO_ON = {"call": "go on"}
+"""What an engine that waits is told."""
+
+Steps = list[tuple[float, list[str]]]
+"""When each ended, and the requests for which it brought a token."""
+
 
 class Probe:
-    """One engine. Times are of the engine core's clock, the machine's monotonic one, without what it waited.
+    """One engine. Times are of the engine core's clock, which is the machine's monotonic one.
 
-    wait: tells the caller that the engine waits, and comes back when it is told to go on.
+    wait: says that the engine waits, and comes back when it is to go on.
     """
 
     def __init__(self, wait: Callable[[], None], *, steered: bool, **arguments: Any) -> None:
@@ -30,10 +37,10 @@ class Probe:
 
         self._llm = LLM(**arguments) if steered else vllm.LLM(**arguments)
         core: Any = self._llm.llm_engine.engine_core
-        self._steps: list[tuple[float, list[str]]] = []
+        self._stretches: list[Steps] = [[]]
         self._wait = wait
-        self._share: float | None = None
-        self._went_on = self._waited = 0.0
+        self._share: int | None = None
+        self._requests = 0
         core.get_output = self._noting(core.get_output)
         config = self._llm.llm_engine.vllm_config
         self._caches: bool = config.cache_config.enable_prefix_caching
@@ -52,24 +59,27 @@ class Probe:
         return {}
 
     def run(
-        self, prompts: list[list[int]], tokens: int, repeats: int = 1, share: float | None = None, **asked: Any
+        self, prompts: list[list[int]], tokens: int, repeats: int = 1, share: int | None = None, **asked: Any
     ) -> dict[str, Any]:
         """Generate exactly `tokens` for each prompt, greedily, `repeats` times with nothing in the prefix cache.
 
-        share: seconds after which the engine waits between two steps; it needs to be in this process
-        (VLLM_ENABLE_V1_MULTIPROCESSING=0). asked: as `_prepared` takes it. runs: for each repeat, `decode`, when each
-        step ended in which every request decoded, after the one that brought the last first token, and `first_tokens`,
-        seconds from the call of the engine until then. tokens: what was generated last, per prompt.
+        share: after so many steps with all requests the engine waits, and again after as many more; it needs to be in
+        this process (VLLM_ENABLE_V1_MULTIPROCESSING=0). asked: as `_prepared` takes it. runs: for each repeat,
+        `decode`, when each step ended in which every request decoded, after the one that brought the last first token,
+        a list for each stretch without a wait; and `first_tokens`, seconds from the call of the engine until then.
+        tokens: what was generated last, per prompt.
         """
         runs = []
         for _ in range(repeats):
             generate = self._prepared(prompts, tokens, **asked)
-            self._share, self._went_on, self._waited = share, time.monotonic(), 0.0
-            began = self._went_on
-            generated = generate()
-            decode = _decoding(self._steps, len(prompts))
-            runs.append({"decode": decode, "first_tokens": decode[0] - began})
-        self._share = None
+            self._share, self._requests = share, len(prompts)
+            began = time.monotonic()
+            try:
+                generated = generate()
+            finally:
+                self._share = None
+            decode = _decoding(self._stretches, len(prompts))
+            runs.append({"decode": decode, "first_tokens": decode[0][0] - began})
         return {"runs": runs, "tokens": generated}
 
     def profile(self, prompts: list[list[int]], steps: int, **asked: Any) -> dict[str, Any]:
@@ -122,7 +132,7 @@ class Probe:
         if self._caches and not self._llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache could not be emptied")
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        self._steps.clear()
+        self._stretches = [[]]
         asked = [{"prompt_token_ids": ids} for ids in prompts]
 
         def generate() -> list[list[int]]:
@@ -136,40 +146,41 @@ class Probe:
             outputs = get_output()
             ids = [output.request_id for output in outputs.outputs if output.new_token_ids]
             if ids:
-                self._steps.append((outputs.timestamp - self._waited, ids))
+                self._stretches[-1].append((outputs.timestamp, ids))
                 self._let_others()
             return outputs
 
         return noted
 
     def _let_others(self) -> None:
-        """Wait, if the engine has had its share of time."""
-        stopped = time.monotonic()
-        if self._share is not None and stopped - self._went_on >= self._share:
-            self._wait()
-            self._went_on = time.monotonic()
-            self._waited += self._went_on - stopped
+        """Wait, if the engine has had its share of steps."""
+        if self._share is not None:
+            whole = sum(len(ids) == self._requests for _, ids in self._stretches[-1])
+            if whole == self._share:
+                self._wait()
+                self._stretches.append([])
 
 
-def _decoding(steps: list[tuple[float, list[str]]], requests: int) -> list[float]:
+def _decoding(stretches: list[Steps], requests: int) -> list[list[float]]:
     """When each step ended in which all of so many requests decoded; the first brought the last first token."""
     seen: set[str] = set()
-    ends: list[float] = []
-    for ended, ids in steps:
-        if len(seen) == requests == len(ids):
-            ends.append(ended)
-        elif not ends:
-            seen.update(ids)
-            if len(seen) == requests:
+    decoding: list[list[float]] = []
+    for steps in stretches:
+        ends: list[float] = []
+        for ended, ids in steps:
+            if len(seen) == requests == len(ids):
                 ends.append(ended)
-    return ends
+            elif len(seen) < requests:
+                seen.update(ids)
+                if len(seen) == requests:
+                    ends.append(ended)
+        if ends:
+            decoding.append(ends)
+    return decoding
 
 
 def main() -> None:
-    """Answer requests until the other end closes. A failed request is answered with its error; the process stays.
-
-    An engine that waits answers so, and goes on at the next line.
-    """
+    """Answer requests until the other end closes. A failed request is answered with its error; the process stays."""
     with socket.socket(fileno=int(sys.argv[1])) as end, end.makefile("rw") as lines:
         end.set_inheritable(False)
         probe: Probe | None = None
@@ -180,8 +191,11 @@ def main() -> None:
 
         def wait() -> None:
             say({"waits": True})
-            if not lines.readline():
-                sys.exit("nobody is there to say go on")
+            line = lines.readline()
+            if not line:
+                sys.exit("nobody is there any more")
+            if json.loads(line) != GO_ON:
+                raise RuntimeError(f"waits to go on and was asked {line}")
 
         for line in lines:
             request = json.loads(line)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from steer_vllm.bench.fleet import Fleet
 from steer_vllm.bench.modes import cases, choose
@@ -30,7 +29,7 @@ class Engine:
         self._said.append((self.name, call))
         if call == "run":
             self.share, self.left = more["share"], self._waits
-            assert (more["tokens"], more["repeats"]) in {(8, 1), (1, 4)}
+            self.asked = more["tokens"], more["repeats"]
         if self.share is None or not self.left:
             return {"tokens": self.name}
         self.left -= 1
@@ -46,7 +45,7 @@ def said() -> list[tuple[str, str]]:
 def fleet(said: list[tuple[str, str]]) -> Fleet:
     fleet = Fleet.__new__(Fleet)
     engines = {name: Engine(name, waits, said) for name, waits in (("plain", 1), ("steered", 3))}
-    vars(fleet).update(engines=engines, _workload=WORK)
+    vars(fleet).update(engines=engines, _workload=WORK, share=8)
     return fleet
 
 
@@ -68,12 +67,17 @@ def test_one_alone_does_not_wait(fleet: Fleet, said: list[tuple[str, str]]) -> N
     assert said == [("steered", "run")]
 
 
-def test_plain_vllm_decodes_beside_each_of_the_others(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prefill_is_repeated(fleet: Fleet) -> None:
+    (plain,) = (case for case in CASES if case.load == PREFILL and case.mode.name == "plain")
+    fleet.run([plain])
+    assert fleet.engines["plain"].asked == (1, 4)
+
+
+def test_plain_vllm_decodes_beside_each_of_the_others(fleet: Fleet) -> None:
     plain, idle, offsets = DECODING
     prefills = [case for case in CASES if case.load == PREFILL]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert fleet.together(DECODING) == [[plain, idle], [plain, offsets]]
     assert fleet.together([plain]) == [[plain]]
     assert fleet.together(prefills) == [[case] for case in prefills]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    fleet.share = None
     assert fleet.together(DECODING) == [[plain], [idle], [offsets]]

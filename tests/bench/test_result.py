@@ -14,7 +14,7 @@ from rich.console import Console
 
 from steer_vllm.bench import record
 from steer_vllm.bench.modes import cases, choose
-from steer_vllm.bench.result import assemble, check, rows
+from steer_vllm.bench.result import assemble, begin, check, rows
 from steer_vllm.bench.run import Outcome, Sample
 from steer_vllm.bench.shapes import SHAPES
 from steer_vllm.bench.tables import COLUMNS, cells, conditions, console, markdown
@@ -46,7 +46,7 @@ def result() -> dict[str, Any]:
     ]
     plain = {"vllm": "0.32.0", "device": "cpu", "compiled": True, "dtype": "float32", "model_runner": 2}
     facts = {"plain": plain, "steered": plain}
-    return assemble(WORKLOAD, CASES, Outcome(samples, {case.key: 1.0 for case in CASES}, facts))
+    return assemble(begin(WORKLOAD), CASES, Outcome(samples, None, {case.key: 1.0 for case in CASES}, facts))
 
 
 def shown(result: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, str]]:
@@ -88,13 +88,24 @@ def test_ratios_are_taken_under_the_same_load(result: dict[str, Any]) -> None:
         assert at["decode 1", "idle", 0][column] == at["decode 16", "idle", 0][column] == "98.0%"
 
 
-def test_the_ratio_is_that_of_the_typical_step(result: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("share", "ratio"), [(8, "98.0%"), (None, "49.0%")])
+def test_in_alternation_the_ratio_is_that_of_the_typical_step(
+    result: dict[str, Any], share: int | None, ratio: str
+) -> None:
     """What a shared machine does to some steps is in the tokens per second, and shown beside."""
+    result["share"] = share
     for sample in result["samples"]:
         if sample["mode"] == "idle":
             sample["tokens_per_second"] /= 2
     at = shown(result)["decode 16", "idle", 0]
-    assert (at["of plain"], at["with outliers"]) == ("98.0%", "49.0%")
+    assert (at["of plain"], at["with outliers"]) == (ratio, "49.0%")
+    assert (", 8 steps each at a time, seed 0" in conditions(result)) == (share is not None)
+
+
+def test_a_round_without_plain_vllm_is_refused(result: dict[str, Any]) -> None:
+    result["samples"] = [one for one in result["samples"] if one["mode"] != "plain" or one["round"] != 2]
+    with pytest.raises(BenchmarkInvalid, match=r"^round 2, decode 1: plain vLLM was not measured"):
+        list(rows(result))
 
 
 def test_the_order_of_samples_does_not_matter(result: dict[str, Any]) -> None:
@@ -163,9 +174,9 @@ def test_a_run_that_was_stopped_shows_the_loads_it_has(result: dict[str, Any]) -
 
 
 def test_other_formats_are_refused(result: dict[str, Any]) -> None:
-    with pytest.raises(BenchmarkInvalid, match="expected offline 2, got offline 99"):
+    with pytest.raises(BenchmarkInvalid, match="expected offline 3, got offline 99"):
         check({**result, "format_version": 99})
-    with pytest.raises(BenchmarkInvalid, match="got decode 2"):
+    with pytest.raises(BenchmarkInvalid, match="got decode 3"):
         markdown({**result, "benchmark": "decode"})
 
 
@@ -204,7 +215,7 @@ def test_what_worked_in_alternation_is_compared_within_its_turn(result: dict[str
         if one["turn"] == slow:
             one["tokens_per_second"] /= 2
             one["step_ms"] *= 2
-    result["samples"] = others
+    result |= {"samples": others, "share": 8}
     at = shown(result)
     for mode, distinct, ratio in (("idle", 0, "98.0%"), ("distinct-offsets", 16, "96.0%")):
         assert at["decode 16", mode, distinct]["of plain"] == ratio

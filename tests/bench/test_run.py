@@ -28,9 +28,10 @@ class Fleet:
     def __init__(self, *_: Any) -> None:
         self.engines: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
+        self.share = None
 
     def ask(self, case: Case, call: str, tokens: int) -> dict[str, Any]:
-        steps = {"decode": [float(step) for step in range(tokens)], "first_tokens": 1.0}
+        steps = {"decode": [[float(step) for step in range(tokens)]], "first_tokens": 1.0}
         generated = [int(bool(case.mode.kinds))] * tokens
         return {"tokens": [generated] * case.load.requests, "runs": [steps]}
 

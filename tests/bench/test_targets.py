@@ -54,6 +54,7 @@ def measured(ratios: Mapping[tuple[str, str], float | Sequence[float]], **change
         "workload": {**work, **changed},
         "modes": {name: {} for name in MODES},
         "samples": samples,
+        "share": None,
     }
 
 
