@@ -5,22 +5,22 @@
 #
 # Needs a python3 (or .venv here) with vLLM's CUDA build. What is measured is the tree that this script lies in: where
 # another one is installed, or none, this one is installed into a scratch folder and goes before it. Writes a JSON file
-# for each stage that measures, and adds to log.txt and summary.txt in FOLDER. The stages named (none: those of the table of targets) share the
-# minutes by what they want, and what one leaves goes to those behind it; one that fails or runs out of time does not
-# stop the others, except smoke. `steer-vllm bench`, serving and ops keep what they have measured. --minutes: in all, by
-# default as many as the stages want. --commit: what the results say where there is no git checkout. --dry-run: the
-# stages on a CPU at the smallest sizes. --print: only say what would be run.
+# for each stage that measures, and adds to log.txt and summary.txt in FOLDER. The stages named (none: those of the table
+# of targets) share the minutes by what they want, and what one leaves goes to those behind it; one that fails or runs
+# out of time does not stop the others, except smoke. What `steer-vllm bench`, serving, ops, http and loading have
+# measured by then is kept. --minutes: in all, by default as many as the stages want. --commit: what the results say of a
+# copy without .git. --dry-run: the stages on a CPU at the smallest sizes. --print: only say what would be run.
 set -uo pipefail
 
-# Calls of at most ten minutes on a machine that allows no longer ones, the most valuable first. The first three fill
-# the table of targets without prefix cache.
-CALLS=("smoke decode" "few" "additive lora" "kernels ops step tests http" "loading prefix" "serving" "decode-cached"
-    "few-cached" "curve" "training sleeping")
+# Calls of at most ten minutes, unpacking and ending included, on a machine that allows no longer ones: first whether it
+# is right, then the most valuable. The second to the fourth fill the table of targets without prefix cache.
+CALLS=("smoke tests exact kernels" "decode" "few" "additive lora" "ops step http prefix" "loading" "serving"
+    "decode-cached" "few-cached" "curve" "training sleeping")
 TABLE="smoke decode few additive lora"
 # Seconds that each wants, estimated: 5 rounds or more of what `steer-vllm bench` runs.
-declare -A WANTS=([smoke]=90 [decode]=450 [few]=540 [additive]=180 [lora]=360 [kernels]=120 [ops]=60 [step]=60
-    [tests]=60 [http]=240 [loading]=400 [prefix]=140 [serving]=540 [decode-cached]=540 [few-cached]=540 [curve]=540
-    [training]=120 [sleeping]=200)
+declare -A WANTS=([smoke]=110 [tests]=120 [exact]=180 [kernels]=100 [decode]=510 [few]=510 [additive]=170 [lora]=340
+    [ops]=80 [step]=70 [http]=180 [prefix]=180 [loading]=510 [serving]=510 [decode-cached]=510 [few-cached]=510
+    [curve]=510 [training]=150 [sleeping]=240)
 MARGIN=25                                                    # seconds in which engines end and results are written
 
 usage() {
@@ -74,28 +74,29 @@ steered=idle,shared-offsets,distinct-offsets,distinct-loreft,distinct-low-rank
 # What each stage runs; `json` is its file. On a GPU, and in a dry run.
 if [ -z "$dry" ]; then
     smoke() { bench --shape 100m --dtype bfloat16 --no-compiled --batch 4 --rounds 1 --modes idle,distinct-low-rank; }
-    decode() { bench "${table[@]}" --batch 256 --modes "control,$steered"; }
+    decode() { bench "${table[@]}" --batch 256 --modes "$steered"; }
     few() { bench "${table[@]}" "${few[@]}" --modes "control,idle-additive,$steered"; }
     additive() { bench "${table[@]}" --batch 256 --modes idle-additive; }
     lora() { bench "${table[@]}" --batch 256,32,1 --prefill 1x8192,4x2048,1x2048 --modes lora; }
     decode-cached() { bench "${table[@]}" --prefix-cache --batch 256 --modes "idle-additive,$steered"; }
     few-cached() { bench "${table[@]}" --prefix-cache "${few[@]}" --modes "idle-additive,$steered"; }
-    curve() { bench "${table[@]}" --batch 256 --distinct 1,8,32,64,128,256 --modes distinct-offsets,distinct-low-rank; }
+    curve() { bench "${table[@]}" --batch 256 --distinct 1,32,256 --modes distinct-offsets,distinct-low-rank; }
     kernels() { script kernels --shape 8b --layers 4 --dtype bfloat16 --batch 32 --prompt-tokens 512; }
     ops() { script ops; }
     step() { script step; }
-    http() { script http_path --dtype bfloat16 --memory 0.03 --rounds 5; }
+    http() { script http_path --dtype bfloat16 --memory 0.03 --requests 16 --rounds 5; }
     loading() { script loading --shape 8b --dtype bfloat16; }
     prefix() { script prefix --shape 8b --dtype bfloat16; }
     serving() {
-        script serving --shape 8b --dtype bfloat16 --concurrency 256 --waves 2 --distinct 64,128,256 --lora 256 \
-            --rounds 3
+        script serving --shape 8b --dtype bfloat16 --concurrency 256 --waves 2 --distinct 64,256 --rounds 3 \
+            --modes idle,shared,distinct-64,distinct-256
     }
     training() { script training --shape 1b --dtype bfloat16; }
     tests() { gpu_tests "$root/tests/gpu/test_ops.py"; }
+    exact() { gpu_tests "$root/tests/gpu/test_engine.py"; }
     # One process for each: vLLM's allocator for sleep mode serves one engine in a process.
     sleeping() {
-        local test failed=0
+        local test failed=0 limited=("${limited[@]:0:3}" $((seconds / 4)))
         for test in '1-eager' '2-eager' '1-graphs' '2-graphs'; do
             gpu_tests "$root/tests/gpu/test_sleep.py::test_answers_after_waking_up[$test]" || failed=1
         done
@@ -120,6 +121,7 @@ else
     serving() { script serving --shape tiny --eager --modes idle --concurrency 2 --waves 1 --rounds 1; }
     training() { script training --shape tiny --batch 1 --tokens 16 --rounds 1; }
     tests() { gpu_tests --collect-only "$root/tests/gpu/test_ops.py"; }
+    exact() { gpu_tests --collect-only "$root/tests/gpu/test_engine.py"; }
     sleeping() { gpu_tests --collect-only "$root/tests/gpu/test_sleep.py"; }
 fi
 
@@ -133,6 +135,7 @@ mkdir -p "$folder" && out=$(cd "$folder" && pwd) || exit 2
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_USE_FLASHINFER_SAMPLER=0 PYTHONUNBUFFERED=1 TMPDIR=$scratch
+export PYTORCH_NVML_BASED_CUDA_CHECK=1                       # to ask for a GPU sets up no driver before vLLM forks
 cd "$out" || exit 2                                          # so that recorded commands name no folder of this machine
 
 installed() { "$python" -c 'import steer_vllm.training; print(steer_vllm.__file__)' 2>/dev/null; }
@@ -182,8 +185,8 @@ for stage in "${chosen[@]}"; do
         "$([ -s "$json" ] && echo ", $json")" | tee -a summary.txt
     if [ $status -ne 0 ]; then
         failed=1
-        sed -n "/^===== $stage,/,\$p" log.txt | tail -n 30
-        [ "$stage" != smoke ] || { echo "smoke has failed: the rest is not run" | tee -a summary.txt; break; }
+        sed -n "/^===== $stage,/,\$p" log.txt | tail -n 120
+        [ "$stage" != smoke ] || [ $status -eq 124 ] || { echo "smoke has failed: the rest is not run" | tee -a summary.txt; break; }
     fi
 done
 exit $failed

@@ -13,7 +13,7 @@ import argparse
 import asyncio
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -73,11 +73,10 @@ TARGETS = tuple(
 )
 
 
-def serve(options: argparse.Namespace, streams: Sequence[int], folder: Path) -> list[dict[str, Any]]:
-    """Both servers, asked at each number of streams: a table and its samples each."""
+def serve(options: argparse.Namespace, streams: Sequence[int], folder: Path) -> Iterator[dict[str, Any]]:
+    """Both servers, asked at each number of streams: a table and its samples each, when there are such."""
     context = 256
     model.write_model(folder / "model", options, context)
-    found = []
     with ExitStack() as stack:
         started = servers.start(options, MODES, context, max(streams), folder, stack)
         client = stack.enter_context(Client(folder / "client.log"))
@@ -89,8 +88,7 @@ def serve(options: argparse.Namespace, streams: Sequence[int], folder: Path) -> 
             ]
             count = max(options.requests, 2 * at_once)
             samples = turns.run(MODES, started, client, folder / "model", arguments, count, options.rounds)
-            found.append({"streams": at_once, "modes": turns.table(MODES, samples), "samples": samples})
-    return found
+            yield {"streams": at_once, "modes": turns.table(MODES, samples), "samples": samples}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -140,15 +138,21 @@ def main() -> None:
     if options.quick:
         options.streams, options.rounds, options.requests = "1,32", min(options.rounds, 3), min(options.requests, 32)
     streams = numbers("--streams", options.streams)
+    result = record.begin("http", FORMAT, model.workload(options), model.device())
     alone = asyncio.run(isolated.measure(streams, options.tokens, options.characters, options.rounds))
-    parts: list[dict[str, Any]] = []
+    result |= {"isolated": added(alone, streams), "isolated_samples": alone, "servers": []}
+    keep(result, options.output)
     if options.servers:
         with tempfile.TemporaryDirectory(prefix="steer-vllm-bench-") as folder:
-            parts = serve(options, streams, Path(folder).resolve())
-    result = record.begin("http", FORMAT, model.workload(options), model.device())
-    result |= {"isolated": added(alone, streams), "isolated_samples": alone, "servers": parts}
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+            for part in serve(options, streams, Path(folder).resolve()):
+                result["servers"].append(part)
+                keep(result, options.output)
     print(markdown(result))
+
+
+def keep(result: Mapping[str, Any], output: Path) -> None:
+    """Write what there is."""
+    output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

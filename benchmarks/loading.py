@@ -15,11 +15,11 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from harness import model, resident, script
 from harness.batch import decoding, pauses, prompt
@@ -41,36 +41,34 @@ FRONT = "front, {} loaded, us"
 ADMISSION = "admission, {} loaded, us"
 
 
-def loading(result: Mapping[str, Any]) -> Interval | None:
-    """Milliseconds from disk to servable while others decode."""
-    return _if_meant(result, Interval.of(result["samples"][BUSY]))
+def load_ms(result: Mapping[str, Any]) -> Interval | None:
+    """From disk to servable while others decode."""
+    return Interval.of(result["samples"][BUSY]) if _is_meant(result) else None
 
 
-def _if_meant(result: Mapping[str, Any], found: Interval) -> Interval | None:
-    """A GPU's targets are for the 8B shape."""
-    return found if result["workload"]["shape"] == "8b" or not on_gpu(result) else None
-
-
-def pause(result: Mapping[str, Any]) -> Interval | None:
-    """Milliseconds that loading adds to the longest gap."""
+def added_ms(result: Mapping[str, Any]) -> Interval | None:
+    """What a load adds to the longest gap of the others: its window less the calm one that followed."""
     samples = result["samples"]
-    return _if_meant(result, Interval.growth([(samples[PAUSE], samples[CALM])]))
+    added = [a - b for a, b in zip(samples[PAUSE], samples[CALM], strict=True)]
+    return Interval.of(added) if _is_meant(result) else None
+
+
+def _is_meant(result: Mapping[str, Any]) -> bool:
+    """A GPU's targets are for the 8B shape."""
+    return not on_gpu(result) or bool(result["workload"]["shape"] == "8b")
 
 
 def slowdown(result: Mapping[str, Any]) -> Interval | None:
-    """What ten thousand artifacts beside the few add to the host's time for a request, as a share of its whole time."""
+    """Of requests, by ten thousand artifacts beside the few."""
     samples, few = result["samples"], result["memory"]["artifacts"]
-    many = few + 10_000
-    if RATE.format(many) not in samples:
-        return None
-    grown = Interval.growth([(samples[part.format(many)], samples[part.format(few)]) for part in (FRONT, ADMISSION)])
-    return grown.times(float(np.median(samples[RATE.format(few)])) / 1e6)
+    many = RATE.format(few + 10_000)
+    return Interval.slowdown(samples[many], samples[RATE.format(few)]) if many in samples else None
 
 
 TARGETS = (
-    Target("load while others decode, ms (on a GPU: 8B shape)", 50.0, "{:.3g}", loading),
-    Target("what it adds to their longest gap, ms (on a GPU: 8B shape)", 5.0, "{:.3g}", pause),
-    Target("what 10,000 loaded ones add to the host's time of a request, of its whole", 0.01, "{:.2%}", slowdown),
+    Target("load while others decode, ms (on a GPU: 8B shape)", 50.0, "{:.3g}", load_ms),
+    Target("what a load adds to the others' longest gap, ms (on a GPU: 8B shape)", 5.0, "{:.3g}", added_ms),
+    Target("requests per second lost with 10,000 loaded", 0.01, "{:.1%}", slowdown),
 )
 
 
@@ -111,15 +109,16 @@ async def requests_per_second(live: Any, name: str, streams: int) -> float:
     return 4 * streams / (time.perf_counter() - began)
 
 
-async def front(live: Any, name: str, repeats: int) -> list[float]:
-    """Microseconds that the front takes for a request with an intervention, from its body to its end."""
-    samples = []
-    for _ in range(repeats):
+async def front(live: Any, name: str, rounds: int) -> list[float]:
+    """Microseconds that the front takes for a request with an intervention, from its body to its end: medians."""
+
+    async def once() -> float:
         began = time.perf_counter_ns()
         lease = await live.front.admit({"model": "base", "interventions": [{"name": name}]}, "/v1/completions")
         lease.end(answered=True)
-        samples.append((time.perf_counter_ns() - began) / 1000)
-    return samples
+        return (time.perf_counter_ns() - began) / 1000
+
+    return [median([await once() for _ in range(100)]) for _ in range(rounds)]
 
 
 async def thousands(live: Any, few: list[str], more: list[str], options: argparse.Namespace) -> dict[str, list[float]]:
@@ -128,7 +127,7 @@ async def thousands(live: Any, few: list[str], more: list[str], options: argpars
     async def ask() -> tuple[list[float], list[float]]:
         await requests_per_second(live, few[0], options.requests)
         rates = [await requests_per_second(live, few[0], options.requests) for _ in range(options.rounds)]
-        return rates, await front(live, few[0], 100 * options.rounds)
+        return rates, await front(live, few[0], options.rounds)
 
     before = await ask()
     loads = [1000 * await live.load(name) for name in more]
@@ -139,25 +138,25 @@ async def thousands(live: Any, few: list[str], more: list[str], options: argpars
         await asyncio.sleep(0.5)
     after = await ask()
     all_of_them = len(few) + len(more)
+    admission = [[median(resident.admission(count, 200)) for count in (len(few), all_of_them)] for _ in before[0]]
     return {
         RATE.format(len(few)): before[0] + after[0],
         RATE.format(all_of_them): many[0],
         FRONT.format(len(few)): before[1] + after[1],
         FRONT.format(all_of_them): many[1],
-        ADMISSION.format(len(few)): resident.admission(len(few), 200 * options.rounds),
-        ADMISSION.format(all_of_them): resident.admission(all_of_them, 200 * options.rounds),
+        ADMISSION.format(len(few)): [one for one, _ in admission],
+        ADMISSION.format(all_of_them): [one for _, one in admission],
         f"load, the last of {all_of_them}, ms": loads[-20:],
     }
 
 
-async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """samples: by name, each a list of numbers; memory: what the engine says of itself."""
+async def measure(options: argparse.Namespace, folder: Path, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """samples: by name, each a list of numbers; memory: what the engine says of itself. keep: takes what there is."""
     from harness.live import Live
 
     base = Fingerprint.of(folder / "model", weights=False)
     store = folder / "store"
     names = [make(options.kind, number, base, 0, store).name for number in range(2 * options.loads)]
-    more = [make("direction", number, base, 1, store).name for number in range(options.many)]
     config = SteerConfig(additive_rows=256, low_rank_rows=8, max_rank=8, memory_gib=options.memory_gib)
     live = await Live.start(
         config,
@@ -176,16 +175,20 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         await live.load(names[0])  # what is imported at the first load is not counted
         samples = await loads(live, names[1:], options)
         (rank, *_) = (await live.facts())["ranks"]
+        rows = resident.rows(base, getattr(torch, options.dtype), 20 * options.rounds)
+        for row in rows:
+            samples[f"fill a row ({row['kind']}), until the host goes on, us"] = row.pop("handed_over_us")
+            samples[f"fill a row ({row['kind']}), until the device has it, us"] = row.pop("copied_us")
+        memory = {"tables": rank["table_bytes"], "loaded": rank["memory_bytes"], "artifacts": len(names), "rows": rows}
+        outcome = {"samples": samples, "memory": memory}
+        keep(outcome)
         if options.many:
+            more = [make("direction", number, base, 1, store).name for number in range(options.many)]
             samples |= await thousands(live, names, more, options)
+            keep(outcome)
     finally:
         await live.close()
-    rows = resident.rows(base, getattr(torch, options.dtype), 20 * options.rounds)
-    for row in rows:
-        samples[f"fill a row ({row['kind']}), until the host goes on, us"] = row.pop("handed_over_us")
-        samples[f"fill a row ({row['kind']}), until the device has it, us"] = row.pop("copied_us")
-    memory = {"tables": rank["table_bytes"], "loaded": rank["memory_bytes"], "artifacts": len(names), "rows": rows}
-    return {"samples": samples, "memory": memory}
+    return outcome
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -236,12 +239,15 @@ def main() -> None:
     if options.quick:
         options.loads, options.many, options.rounds = min(options.loads, 5), min(options.many, 200), 3
     os.environ.update({**model.environment(), "VLLM_PLUGINS": "steer_vllm"})
+    begun = record.begin("loading", FORMAT, model.workload(options), model.device())
+
+    def keep(outcome: dict[str, Any]) -> None:
+        options.output.write_text(json.dumps(begun | outcome, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory(prefix="steer-vllm-bench-") as folder:
         model.write_model(Path(folder) / "model", options, CONTEXT)
-        outcome = asyncio.run(measure(options, Path(folder).resolve()))
-    result = record.begin("loading", FORMAT, model.workload(options), model.device()) | outcome
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(markdown(result))
+        outcome = asyncio.run(measure(options, Path(folder).resolve(), keep))
+    print(markdown(begun | outcome))
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def main() -> None:
             try:
                 result = bench(parser.parse_args(json.loads(line)))
                 answer = {name: value for name, value in result.items() if isinstance(value, (int, float))}
-                answer[_ERROR] = next(filter(None, result["errors"]), "")
+                answer[_ERROR] = next(filter(None, result["errors"]), "no error is given")
             except (Exception, SystemExit) as error:
                 traceback.print_exc()
                 answer = {"error": f"{type(error).__name__}: {error}"}

@@ -63,8 +63,11 @@ def environment() -> Mapping[str, str]:
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
-    on_cpu = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"), "VLLM_USE_AOT_COMPILE": "0"}
-    return {**every, **({} if torch.cuda.is_available() else on_cpu)}
+    if torch.cuda.is_available():
+        # To look for the GPU may have set up its driver, which no forked process can use; vLLM does not know of it.
+        return {**every, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    space = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
+    return {**every, "VLLM_CPU_KVCACHE_SPACE": space, "VLLM_USE_AOT_COMPILE": "0"}
 
 
 def memory(options: argparse.Namespace, engines: int = 1, kept: float = 0.0) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -9,7 +10,11 @@ from steer_vllm.errors import SteerError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call it. Errors of ours become one message and exit status 1, as in `steer-vllm`."""
+    """Call it. Errors of ours become one message and exit status 1, as in `steer-vllm`.
+
+    An interrupt ends it, also where whoever started it ignores them: what it has started ends with it.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except SteerError as error:

@@ -20,6 +20,7 @@ from steer_vllm.errors import BenchmarkInvalid
 
 SERVED = "base"
 _STARTS_WITHIN, _STOPS_WITHIN = 900, 30  # seconds
+_LAST = 100  # lines of a log that are shown: the cause comes before a trace of all who waited
 
 
 class Server:
@@ -47,7 +48,7 @@ class Server:
             if self._is_up():
                 return
             time.sleep(0.3)
-        last = "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
+        last = "\n".join(self._log.read_text(errors="replace").splitlines()[-_LAST:])
         raise BenchmarkInvalid(f"server {self.name} did not start; the end of its log:\n{last}")
 
     def _is_up(self) -> bool:

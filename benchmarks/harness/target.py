@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,16 +24,10 @@ class Interval(NamedTuple):
         return cls._between(float(np.median(samples)), _medians(samples, 0))
 
     @classmethod
-    def growth(cls, parts: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Interval:
-        """By how much the medians of parts have grown together: samples after and before, not paired."""
-        value = sum(float(np.median(after)) - float(np.median(before)) for after, before in parts)
-        seeds = itertools.count()
-        drawn = [_medians(after, next(seeds)) - _medians(before, next(seeds)) for after, before in parts]
-        return cls._between(value, np.sum(drawn, axis=0))
-
-    def times(self, factor: float) -> Interval:
-        """In another unit. factor: positive."""
-        return Interval(*(factor * one for one in self))
+    def slowdown(cls, rates: Sequence[float], before: Sequence[float]) -> Interval:
+        """By how much the median of rates is below that of the rates before; samples that are not paired."""
+        value = 1 - float(np.median(rates)) / float(np.median(before))
+        return cls._between(value, 1 - _medians(rates, 0) / _medians(before, 1))
 
     @classmethod
     def _between(cls, value: float, drawn: np.ndarray) -> Interval:

@@ -83,8 +83,14 @@ def bench(
 
     console = Console()
     with tempfile.TemporaryDirectory(prefix="steer-vllm-bench-") as folder, console.status("") as status:
+
+        def say(text: str) -> None:
+            status.update(text)
+            if not console.is_terminal:
+                typer.echo(f"{time.monotonic() - began:6.0f} s  {text}", err=True)
+
         until = began + within if within is not None else float("inf")
-        measure(workload, chosen, Path(folder), status.update, keep, until)
+        measure(workload, chosen, Path(folder), say, keep, until)
     console.print(*tables.console(result), sep="\n\n")
     console.print(tables.conditions(result), highlight=False)
     console.print(f"every sample is in {output}", highlight=False)

@@ -17,6 +17,9 @@ from typing_extensions import Self
 from ..errors import BenchmarkInvalid
 from .rest import cpu_seconds
 
+_LAST = 100
+"""Lines of its log that are shown: an engine core's own error comes before a trace of all who waited for it."""
+
 
 class Engine:
     """A process group with one engine. What its processes print goes to `log`."""
@@ -60,7 +63,7 @@ class Engine:
         return answer
 
     def _failed(self, what: str) -> BenchmarkInvalid:
-        last = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
+        last = "\n".join(self._log.read_text(errors="replace").splitlines()[-_LAST:])
         return BenchmarkInvalid(f"engine {self.name}: {what}; the end of its log:\n{last}")
 
     def ask(self, **request: Any) -> dict[str, Any]:

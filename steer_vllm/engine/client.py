@@ -10,7 +10,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from ..fingerprint import Fingerprint
@@ -152,23 +151,38 @@ class SyncEngine:
         return self._run(conversation.facts())
 
     def _run(self, talk: Conversation[T]) -> T:
+        """Run a conversation to its end. One that is interrupted cleans up; a second interrupt ends it at once."""
+        gone = False
         try:
-            return self._go_on(talk, next(talk))
-        except KeyboardInterrupt:
-            with suppress(GivenUp):
-                self._go_on(talk, talk.throw(GivenUp()))
-            raise
-
-    def _go_on(self, talk: Conversation[T], step: Call | Wait) -> T:
-        try:
+            step = next(talk)
             while True:
-                if isinstance(step, Wait):
-                    time.sleep(step.seconds)
-                    step = talk.send({})
+                answers = self._do(step)
+                if answers is not None:
+                    step = talk.send(answers)
+                elif gone:
+                    raise KeyboardInterrupt
                 else:
-                    step = talk.send({0: self._ask(step.method, *step.args)})
+                    gone = True
+                    step = talk.throw(GivenUp()) if step.leave else step  # what cleans up may be asked for twice
         except StopIteration as end:
-            return end.value
+            result: T = end.value
+        except Exception:
+            if gone:
+                raise KeyboardInterrupt from None
+            raise
+        if gone:
+            raise KeyboardInterrupt
+        return result
+
+    def _do(self, step: Call | Wait) -> Answers | None:
+        """None when it was interrupted."""
+        try:
+            if isinstance(step, Call):
+                return {0: self._ask(step.method, *step.args)}
+            time.sleep(step.seconds)
+        except KeyboardInterrupt:
+            return None
+        return {}
 
     def _ask(self, method: str, *args: str) -> Answer:
         try:

@@ -129,8 +129,8 @@ class Probe:
         more: dict[str, Any] = {} if interventions is None else {"interventions": interventions}
         if adapters is not None:
             more["lora_request"] = [LoRARequest(f"adapter-{n}", n + 1, folder) for n, folder in adapters]
-        if self._caches and not self._llm.reset_prefix_cache():
-            raise RuntimeError("the prefix cache could not be emptied")
+        if self._caches:
+            self._empty_cache()
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         self._stretches = [[]]
         asked = [{"prompt_token_ids": ids} for ids in prompts]
@@ -140,6 +140,14 @@ class Probe:
             return [list(output.outputs[0].token_ids) for output in outputs]
 
         return generate
+
+    def _empty_cache(self) -> None:
+        """Errors: `RuntimeError`. Blocks may be freed a moment after their request's last output."""
+        for _ in range(100):
+            if self._llm.reset_prefix_cache():
+                return
+            time.sleep(0.02)
+        raise RuntimeError("the prefix cache could not be emptied")
 
     def _noting(self, get_output: Callable[[], Any]) -> Callable[[], Any]:
         def noted() -> Any:

@@ -237,6 +237,25 @@ def test_an_interrupted_load_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert core.methods == ["begin", "drop", "close", "free"]
 
 
+@pytest.mark.parametrize("interrupts", [1, 2])
+def test_an_interrupt_while_it_cleans_up(monkeypatch: pytest.MonkeyPatch, interrupts: int) -> None:
+    """The first is heard when it is done; who insists is let go at once."""
+    ask, left = SyncEngine._ask, interrupts
+
+    def interrupted(self: SyncEngine, method: str, *args: str) -> Any:
+        nonlocal left
+        if method == "steer_drop" and left:
+            left -= 1
+            raise KeyboardInterrupt
+        return ask(self, method, *args)
+
+    monkeypatch.setattr(SyncEngine, "_ask", interrupted)
+    core = Core(begin=[{**BAD, **NEW}], drop=[FINE])
+    with pytest.raises(KeyboardInterrupt):
+        SyncEngine(Holder(core)).load("folder", "digest")
+    assert core.methods == ["begin", "drop"][: 3 - interrupts]
+
+
 @pytest.mark.parametrize("gone", ["before", "meanwhile"])
 @pytest.mark.parametrize("driver", ["sync", "async"])
 def test_a_dead_engine_is_no_hang(driver: str, gone: str, monkeypatch: pytest.MonkeyPatch) -> None:

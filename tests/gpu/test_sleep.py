@@ -31,7 +31,9 @@ def test_answers_after_waking_up(level: int, eager: bool, tmp_path: Path, monkey
     monkeypatch.setattr(refusals, "REFUSALS", served)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     base = Fingerprint.of(MODEL_PATH)
-    llm = LLM(str(MODEL_PATH), dtype="float32", enforce_eager=eager, enable_sleep_mode=True, gpu_memory_utilization=0.3)
+    llm = LLM(
+        str(MODEL_PATH), dtype="bfloat16", enforce_eager=eager, enable_sleep_mode=True, gpu_memory_utilization=0.3
+    )
     for name, item in {"lofit": artifacts.lofit(base, 1), "reft": artifacts.loreft(base, 2, "f2+l2")}.items():
         item.save(tmp_path / name)
         llm.load_intervention(name, tmp_path / name)
