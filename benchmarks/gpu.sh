@@ -5,20 +5,22 @@
 #
 # Needs a python3 (or .venv here) with vLLM's CUDA build. What is measured is the tree that this script lies in: where
 # another one is installed, or none, this one is installed into a scratch folder and goes before it. Writes a JSON file
-# for each stage that measures, and adds to log.txt and summary.txt in FOLDER. The stages named (none: those of the table
-# of targets) share the minutes by what they want, and what one leaves goes to those behind it; one that fails or runs
-# out of time does not stop the others, except smoke. What `steer-vllm bench`, serving, ops, http and loading have
+# for each stage that measures, and adds to log.txt and summary.txt in FOLDER. The stages named (none: table) share the
+# minutes by what they want, and what one leaves goes to those behind it; one that fails or runs out of time does not
+# stop the others, except smoke. What `steer-vllm bench`, serving, ops, http and loading have
 # measured by then is kept. --minutes: in all, by default as many as the stages want. --commit: what the results say of a
 # copy without .git. --dry-run: the stages on a CPU at the smallest sizes. --print: only say what would be run.
 set -uo pipefail
 
 # Calls of at most ten minutes, unpacking and ending included, on a machine that allows no longer ones: first whether it
-# is right, then the most valuable. The second to the fourth fill the table of targets without prefix cache.
-CALLS=("smoke tests exact kernels" "decode" "few" "additive lora" "ops step http prefix" "loading" "serving"
+# is right, then the table of targets without prefix cache in as many rounds as fit. Decode to lora measure the same
+# with the five rounds that a verdict needs, and LoRA beside it.
+CALLS=("smoke tests exact kernels" "table" "decode" "few" "additive lora" "ops step http prefix" "loading" "serving"
     "decode-cached" "few-cached" "curve" "training sleeping")
-TABLE="smoke decode few additive lora"
-# Seconds that each wants, estimated: 5 rounds or more of what `steer-vllm bench` runs.
-declare -A WANTS=([smoke]=110 [tests]=120 [exact]=180 [kernels]=100 [decode]=510 [few]=510 [additive]=170 [lora]=340
+DEFAULT="table"
+# Seconds that each wants, estimated.
+declare -A WANTS=([smoke]=110 [tests]=120 [exact]=180 [kernels]=100 [table]=510 [decode]=510 [few]=510 [additive]=170
+    [lora]=340
     [ops]=80 [step]=70 [http]=180 [prefix]=180 [loading]=510 [serving]=510 [decode-cached]=510 [few-cached]=510
     [curve]=510 [training]=150 [sleeping]=240)
 MARGIN=25                                                    # seconds in which engines end and results are written
@@ -46,7 +48,7 @@ done
 [ $# -gt 0 ] || usage 2 >&2
 folder=$1
 shift
-read -ra chosen <<<"${*:-$TABLE}"
+read -ra chosen <<<"${*:-$DEFAULT}"
 total=0
 for stage in "${chosen[@]}"; do
     [ -n "${WANTS[$stage]:-}" ] || { echo "gpu.sh: unknown stage $stage" >&2; usage 2 >&2; }
@@ -67,20 +69,21 @@ gpu_tests() { run -m pytest -q -c "$scratch/pytest.ini" --rootdir "$root" -m gpu
 
 # The loads and modes of the table of targets. At a batch of 256 an engine takes 45 GB: three fit on a GPU of 141 GB, so
 # the plugin without low-rank rows has a run of its own there. Fewer requests leave room for all four engines.
-table=(--shape 8b --dtype bfloat16 --prompt-tokens 512 --output-tokens 256)
-few=(--batch 32,1 --prefill 1x8192,4x2048,1x2048)
+large=(--shape 8b --dtype bfloat16 --prompt-tokens 512 --output-tokens 256)
+prefill=(--prefill 1x8192,4x2048,1x2048)
 steered=idle,shared-offsets,distinct-offsets,distinct-loreft,distinct-low-rank
 
 # What each stage runs; `json` is its file. On a GPU, and in a dry run.
 if [ -z "$dry" ]; then
     smoke() { bench --shape 100m --dtype bfloat16 --no-compiled --batch 4 --rounds 1 --modes idle,distinct-low-rank; }
-    decode() { bench "${table[@]}" --batch 256 --modes "$steered"; }
-    few() { bench "${table[@]}" "${few[@]}" --modes "control,idle-additive,$steered"; }
-    additive() { bench "${table[@]}" --batch 256 --modes idle-additive; }
-    lora() { bench "${table[@]}" --batch 256,32,1 --prefill 1x8192,4x2048,1x2048 --modes lora; }
-    decode-cached() { bench "${table[@]}" --prefix-cache --batch 256 --modes "idle-additive,$steered"; }
-    few-cached() { bench "${table[@]}" --prefix-cache "${few[@]}" --modes "idle-additive,$steered"; }
-    curve() { bench "${table[@]}" --batch 256 --distinct 1,32,256 --modes distinct-offsets,distinct-low-rank; }
+    table() { bench "${large[@]}" --batch 256,32,1 "${prefill[@]}" --modes "idle-additive,$steered"; }
+    decode() { bench "${large[@]}" --batch 256 --modes "$steered"; }
+    few() { bench "${large[@]}" --batch 32,1 "${prefill[@]}" --modes "control,idle-additive,$steered"; }
+    additive() { bench "${large[@]}" --batch 256 --modes idle-additive; }
+    lora() { bench "${large[@]}" --batch 256,32,1 "${prefill[@]}" --modes lora; }
+    decode-cached() { bench "${large[@]}" --prefix-cache --batch 256 --modes "idle-additive,$steered"; }
+    few-cached() { bench "${large[@]}" --prefix-cache --batch 32,1 "${prefill[@]}" --modes "idle-additive,$steered"; }
+    curve() { bench "${large[@]}" --batch 256 --distinct 1,32,256 --modes distinct-offsets,distinct-low-rank; }
     kernels() { script kernels --shape 8b --layers 4 --dtype bfloat16 --batch 32 --prompt-tokens 512; }
     ops() { script ops; }
     step() { script step; }
@@ -105,6 +108,7 @@ if [ -z "$dry" ]; then
 else
     small=(--shape tiny --no-compiled --rounds 1 --output-tokens 8 --batch 2)
     smoke() { bench "${small[@]}" --modes idle,distinct-low-rank; }
+    table() { bench "${small[@]}" --prefill 2x32 --modes idle-additive,idle,distinct-loreft; }
     decode() { bench "${small[@]}" --modes control,idle,distinct-offsets; }
     few() { bench "${small[@]}" --prefill 2x32 --modes idle-additive,distinct-low-rank; }
     additive() { bench "${small[@]}" --modes idle-additive; }

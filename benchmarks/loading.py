@@ -4,7 +4,8 @@ Usage: python benchmarks/loading.py [--shape 8b --dtype bfloat16] [--quick] [--o
 
 One engine in a process of its own, asked as a server asks it (registry and front are the server's), without HTTP.
 Loads and calm windows of the same length take turns while a batch decodes. A pause is the longest gap between two
-tokens of any stream in the window, less the median gap.
+tokens of any stream in the window, less the median gap. Requests to the engine with thousands loaded take turns with
+those to one that has few.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -31,8 +33,10 @@ from steer_vllm.bench.spread import Spread
 from steer_vllm.config import SteerConfig
 from steer_vllm.fingerprint import Fingerprint
 
-FORMAT = 1
+FORMAT = 2
 CONTEXT = 1024
+_REST = 1.5
+"""Seconds after which an engine without requests uses no core: vLLM's workers poll for one after their last step."""
 BUSY = "load while others decode, ms"
 PAUSE = "pause while loading, ms"
 CALM = "pause in calm windows of that length, ms"
@@ -62,7 +66,9 @@ def slowdown(result: Mapping[str, Any]) -> Interval | None:
     """Of requests, by ten thousand artifacts beside the few."""
     samples, few = result["samples"], result["memory"]["artifacts"]
     many = RATE.format(few + 10_000)
-    return Interval.slowdown(samples[many], samples[RATE.format(few)]) if many in samples else None
+    if many not in samples:
+        return None
+    return Interval.of([1 - a / b for a, b in zip(samples[many], samples[RATE.format(few)], strict=True)])
 
 
 TARGETS = (
@@ -121,32 +127,24 @@ async def front(live: Any, name: str, rounds: int) -> list[float]:
     return [median([await once() for _ in range(100)]) for _ in range(rounds)]
 
 
-async def thousands(live: Any, few: list[str], more: list[str], options: argparse.Namespace) -> dict[str, list[float]]:
-    """The same requests with few artifacts loaded, with many, and with few again: both halves of few count."""
-
-    async def ask() -> tuple[list[float], list[float]]:
-        await requests_per_second(live, few[0], options.requests)
-        rates = [await requests_per_second(live, few[0], options.requests) for _ in range(options.rounds)]
-        return rates, await front(live, few[0], options.rounds)
-
-    before = await ask()
-    loads = [1000 * await live.load(name) for name in more]
-    many = await ask()
-    for name in more:
-        await live.unload(name)
-    while len((await live.facts())["admission"]["loaded"]) > len(few):
-        await asyncio.sleep(0.5)
-    after = await ask()
-    all_of_them = len(few) + len(more)
-    admission = [[median(resident.admission(count, 200)) for count in (len(few), all_of_them)] for _ in before[0]]
-    return {
-        RATE.format(len(few)): before[0] + after[0],
-        RATE.format(all_of_them): many[0],
-        FRONT.format(len(few)): before[1] + after[1],
-        FRONT.format(all_of_them): many[1],
+async def thousands(live: Any, other: Any, few: list[str], options: argparse.Namespace) -> dict[str, list[float]]:
+    """The same requests to the engine that has thousands loaded, and to one that has few: they take turns."""
+    rates: dict[Any, list[float]] = {live: [], other: []}
+    fronts: dict[Any, list[float]] = {live: [], other: []}
+    for number in range(options.rounds + 1):
+        for one in random.Random(number).sample([live, other], 2):
+            await asyncio.sleep(_REST)
+            rates[one].append(await requests_per_second(one, few[0], options.requests))
+            fronts[one] += await front(one, few[0], 1)
+    many = len(few) + options.many
+    admission = [[median(resident.admission(count, 200)) for count in (len(few), many)] for _ in range(options.rounds)]
+    return {  # of the first round, which is not counted, neither engine has seen such requests
+        RATE.format(len(few)): rates[other][1:],
+        RATE.format(many): rates[live][1:],
+        FRONT.format(len(few)): fronts[other][1:],
+        FRONT.format(many): fronts[live][1:],
         ADMISSION.format(len(few)): [one for one, _ in admission],
-        ADMISSION.format(all_of_them): [one for _, one in admission],
-        f"load, the last of {all_of_them}, ms": loads[-20:],
+        ADMISSION.format(many): [one for _, one in admission],
     }
 
 
@@ -158,19 +156,24 @@ async def measure(options: argparse.Namespace, folder: Path, keep: Callable[[dic
     store = folder / "store"
     names = [make(options.kind, number, base, 0, store).name for number in range(2 * options.loads)]
     config = SteerConfig(additive_rows=256, low_rank_rows=8, max_rank=8, memory_gib=options.memory_gib)
-    live = await Live.start(
-        config,
-        store,
-        model=str(folder / "model"),
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        dtype=options.dtype,
-        enforce_eager=options.eager,
-        max_model_len=CONTEXT,
-        max_num_seqs=options.requests,
-        enable_prefix_caching=False,
-        gpu_memory_utilization=model.memory(options),
-    )
+
+    async def start() -> Any:
+        return await Live.start(
+            config,
+            store,
+            model=str(folder / "model"),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype=options.dtype,
+            enforce_eager=options.eager,
+            max_model_len=CONTEXT,
+            max_num_seqs=options.requests,
+            enable_prefix_caching=False,
+            gpu_memory_utilization=model.memory(options, engines=2 if options.many else 1),
+        )
+
+    live = await start()
+    started = [live]
     try:
         await live.load(names[0])  # what is imported at the first load is not counted
         samples = await loads(live, names[1:], options)
@@ -184,10 +187,16 @@ async def measure(options: argparse.Namespace, folder: Path, keep: Callable[[dic
         keep(outcome)
         if options.many:
             more = [make("direction", number, base, 1, store).name for number in range(options.many)]
-            samples |= await thousands(live, names, more, options)
+            took = [1000 * await live.load(name) for name in more]
+            samples[f"load, the last of {len(names) + len(more)}, ms"] = took[-20:]
+            started.append(await start())
+            for name in names:
+                await started[-1].load(name)
+            samples |= await thousands(live, started[-1], names, options)
             keep(outcome)
     finally:
-        await live.close()
+        for one in started:
+            await one.close()
     return outcome
 
 
@@ -198,8 +207,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"{load['kind']} artifacts on a random-weight Llama ({shape}, {load['dtype']}), {load['requests']} streams "
         "decoding where it says so. A pause is the longest gap between two tokens of any stream while an artifact is "
-        "loaded, less the median gap; calm windows say what it is without. Requests are timed with few artifacts, with "
-        f"many, and with few again. {record.origin(result)}",
+        "loaded, less the median gap; calm windows say what it is without. Requests take turns with those to an engine "
+        f"that has few artifacts. {record.origin(result)}",
         "",
         record.how(result),
         "",

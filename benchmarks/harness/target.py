@@ -21,25 +21,10 @@ class Interval(NamedTuple):
     @classmethod
     def of(cls, samples: Sequence[float]) -> Interval:
         """Of their median, by percentile bootstrap (Efron 1979)."""
-        return cls._between(float(np.median(samples)), _medians(samples, 0))
-
-    @classmethod
-    def slowdown(cls, rates: Sequence[float], before: Sequence[float]) -> Interval:
-        """By how much the median of rates is below that of the rates before; samples that are not paired."""
-        value = 1 - float(np.median(rates)) / float(np.median(before))
-        return cls._between(value, 1 - _medians(rates, 0) / _medians(before, 1))
-
-    @classmethod
-    def _between(cls, value: float, drawn: np.ndarray) -> Interval:
-        low, high = np.quantile(drawn, [0.025, 0.975])
-        return cls(value, float(low), float(high))
-
-
-def _medians(samples: Sequence[float], seed: int) -> np.ndarray:
-    values = np.asarray(samples)
-    drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-    medians: np.ndarray = np.median(values[drawn], axis=1)
-    return medians
+        values = np.asarray(samples)
+        drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+        low, high = np.quantile(np.median(values[drawn], axis=1), [0.025, 0.975])
+        return cls(float(np.median(values)), float(low), float(high))
 
 
 @dataclass(frozen=True)
