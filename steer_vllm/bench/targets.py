@@ -127,7 +127,7 @@ def verdict(ratio: Ratio, least: float) -> str:
 def overview(results: Iterable[Mapping[str, Any]]) -> str:
     """A table for each set of targets, filled from what covers it. Unmeasured: empty.
 
-    Of several results the newest; one of too few rounds does not replace another.
+    Of several results the one of most rounds; of as many, the newest.
     """
     found = sorted(results, key=lambda result: str(result["time"]))
     return "\n".join(_table(targets, [result for result in found if targets.covers(result)]) for targets in ALL)
@@ -145,7 +145,8 @@ def _ratios(targets: Targets, results: Iterable[Mapping[str, Any]]) -> Ratios:
             at = next((one for one in targets.loads if _same_size(one, loads[row.load])), None)
             if at is None or not _whole(at, row):
                 continue
-            if row.ratio.sure or (at, row.mode) not in found or not found[at, row.mode].sure:
+            before = found.get((at, row.mode))
+            if before is None or row.ratio.rounds >= before.rounds:
                 found[at, row.mode] = row.ratio
     return found
 
