@@ -50,6 +50,7 @@ class Client:
 
         Errors: `BenchmarkInvalid` when the client fails or a request is not answered.
         """
+        from steer_vllm.bench.log import tail
         from steer_vllm.errors import BenchmarkInvalid
 
         given = [
@@ -62,11 +63,10 @@ class Client:
         ]
         answer = self._answer(given)
         if "error" in answer or answer["completed"] != requests:
-            last = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
             what = answer.get("error") or (
                 f"{answer['completed']} of {requests} requests were answered; one of the others: {answer[_ERROR]}"
             )
-            raise BenchmarkInvalid(f"{served} at {url}: {what}; the end of the client's log:\n{last}")
+            raise BenchmarkInvalid(f"{served} at {url}: {what}; the end of the client's log:\n{tail(self._log)}")
         return answer
 
     def _answer(self, given: Sequence[str]) -> dict[str, Any]:

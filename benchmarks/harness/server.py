@@ -15,12 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.error import URLError
 
+from steer_vllm.bench.log import tail
 from steer_vllm.bench.rest import cpu_seconds
 from steer_vllm.errors import BenchmarkInvalid
 
 SERVED = "base"
 _STARTS_WITHIN, _STOPS_WITHIN = 900, 30  # seconds
-_LAST = 100  # lines of a log that are shown: the cause comes before a trace of all who waited
 
 
 class Server:
@@ -48,8 +48,7 @@ class Server:
             if self._is_up():
                 return
             time.sleep(0.3)
-        last = "\n".join(self._log.read_text(errors="replace").splitlines()[-_LAST:])
-        raise BenchmarkInvalid(f"server {self.name} did not start; the end of its log:\n{last}")
+        raise BenchmarkInvalid(f"server {self.name} did not start; the end of its log:\n{tail(self._log)}")
 
     def _is_up(self) -> bool:
         try:

@@ -15,10 +15,8 @@ from typing import Any
 from typing_extensions import Self
 
 from ..errors import BenchmarkInvalid
+from .log import tail
 from .rest import cpu_seconds
-
-_LAST = 100
-"""Lines of its log that are shown: an engine core's own error comes before a trace of all who waited for it."""
 
 
 class Engine:
@@ -63,8 +61,7 @@ class Engine:
         return answer
 
     def _failed(self, what: str) -> BenchmarkInvalid:
-        last = "\n".join(self._log.read_text(errors="replace").splitlines()[-_LAST:])
-        return BenchmarkInvalid(f"engine {self.name}: {what}; the end of its log:\n{last}")
+        return BenchmarkInvalid(f"engine {self.name}: {what}; the end of its log:\n{tail(self._log)}")
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """`send` and `receive`."""

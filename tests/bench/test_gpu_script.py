@@ -51,7 +51,7 @@ def commands(root: Path, *arguments: str) -> list[tuple[str, list[str]]]:
 
 
 def test_bash_can_read_it(root: Path) -> None:
-    subprocess.run(["bash", "-n", root / "benchmarks" / "gpu.sh"], check=True)
+    assert subprocess.run(["bash", "-n", root / "benchmarks" / "gpu.sh"], check=False).returncode == 0
 
 
 def test_the_calls_are_all_stages_and_short_enough(root: Path) -> None:
