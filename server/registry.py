@@ -13,10 +13,7 @@ from typing import Protocol
 from uuid import uuid4
 
 from ..catalog import Catalog, Entry, check_name
-from ..config import SteerConfig
 from ..errors import EngineUnavailable
-from ..fingerprint import Fingerprint
-from ..fit import check_fit
 from ..intervention import Intervention
 from ..plan import Summary
 from .names import Board, Book, Names, log
@@ -29,11 +26,10 @@ class Engine(Protocol):
     """What the registry asks of the engine."""
 
     async def load(self, folder: str, digest: str) -> Summary:
-        """Load on every rank; no error where it is there. Errors: `ArtifactInvalid`, `HostMemoryFull`,
-        `EngineUnavailable`."""
+        """Load on every rank; no error where it is there.
 
-    async def base(self) -> Fingerprint:
-        """The model served now. Errors: `EngineUnavailable` while that is not known."""
+        Errors: `ArtifactInvalid` also for what does not fit the model served, `HostMemoryFull`, `EngineUnavailable`.
+        """
 
     async def unload(self, digest: str) -> bool:
         """Free on every rank; False while a request in the engine uses it."""
@@ -51,7 +47,6 @@ class Registry:
         book: Book,
         board: Board,
         store: Store,
-        config: SteerConfig,
         base_names: tuple[str, ...],
     ) -> None:
         self.names = Names(book, board, self._free_soon)
@@ -59,7 +54,6 @@ class Registry:
         self._engine = engine
         self._book = book
         self._store = store
-        self._config = config
         self._unused: set[str] = set()
         self._freeing: set[str] = set()
 
@@ -87,17 +81,12 @@ class Registry:
         digest = intervention.digest
         await self.refresh()
         self.catalog.check_free(name, digest, load_inplace)
-        # Anew, for a reload of weights may have brought another model; beside the turn, for any answer takes a step.
-        asked = asyncio.ensure_future(self._engine.base())
-        asked.add_done_callback(lambda done: done.cancelled() or done.exception())  # without a turn nobody asks it
         try:
             async with self._turn(digest) as token:
-                check_fit(intervention, await asked, self._config, str(folder))
                 summary = await self._engine.load(str(folder), digest)
                 entry = Entry.of(name, str(source), intervention, summary)
                 await self.names.publish(entry, token, replace=load_inplace)
         except BaseException:
-            asked.cancel()
             self._free_soon({digest})  # the engine may have it by now
             raise
         log.info("intervention %s: %s, sha256 %s, from %s", name, entry.method, digest[:12], source)

@@ -1,8 +1,9 @@
-"""The book of names, kept in the core of engine 0: what every API server believes about names comes from here.
+"""The book of names: what every API server believes about names comes from here.
 
 It says which content a name points to, which servers still hold a content, and who is loading or freeing it right now.
-It neither loads nor frees; the servers do that, in turns that the book grants. No vLLM object is known but the core
-that the utilities are put on, which calls them one after the other.
+It neither loads nor frees; the servers do that, in turns that the book grants. A server that is alone keeps it itself,
+several find it in the core of engine 0. No vLLM object is known but the core that the utilities are put on, which calls
+them one after the other.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ def _later(epochs: dict[str, int], since: int) -> list[str]:
 def install() -> None:
     """Ledger: adds utilities to `EngineCore`.
 
-    Why: the core of engine 0 is the one process that every API server talks to, and vLLM calls its utilities one after
-    the other. Since 0.26. Can go when plugins can register utilities.
+    Why: the core of engine 0 is the one process that several API servers all talk to, and vLLM calls its utilities one
+    after the other. Since 0.26. Can go when plugins can register utilities.
     """
     from vllm.v1.engine.core import EngineCore
 

@@ -1,32 +1,36 @@
-"""An API server's side of the book of names: one call to the core of engine 0 each.
+"""An API server's side of the book of names.
 
-Always that core, also where several engines share the load. What the answers mean for requests is the server's.
+Several servers share one in the core of engine 0, also where several engines share the load: a call is answered between
+two steps. A server that is alone keeps the book itself. What the answers mean for requests is the server's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from types import SimpleNamespace
 from typing import Any
 
 from ..catalog import Entry, Snapshot
 from ..errors import by_code
+from . import names
 from .answer import Answer
 from .client import ask
 
 _ENGINE = 0
-"""The engine whose core keeps the book."""
+"""The engine whose core keeps the book of several servers."""
 
 
 class Names:
     """Over vLLM's `AsyncLLM`. server, servers: which of how many API servers this is.
 
-    Every method raises `EngineUnavailable` when the core does not answer.
+    Every method raises `EngineUnavailable` when the core is asked and does not answer.
     """
 
     def __init__(self, engine_client: Any) -> None:
         self._core = engine_client.engine_core
         self.server: int = self._core.client_index
         self.servers: int = self._core.client_count
+        self._own = SimpleNamespace()  # has the book of a server that is alone, as the core has the others'
 
     async def copy(self, needed: Collection[str], since: int) -> Snapshot:
         """The changes since that epoch; this server then holds what all names point to and what it needs besides, and
@@ -67,7 +71,12 @@ class Names:
         await self._ask("end_turn", digest, token, freed)
 
     async def _ask(self, what: str, *args: Any) -> Answer:
-        answer = await ask(self._core, _ENGINE, f"steer_names_{what}", *args)
+        utility = f"steer_names_{what}"
+        answer: Answer
+        if self.servers == 1:
+            answer = getattr(names, utility)(self._own, *args)
+        else:
+            answer = await ask(self._core, _ENGINE, utility, *args)
         if answer["state"] == "failed":
             raise by_code(answer["code"], answer["message"])
         return answer

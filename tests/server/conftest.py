@@ -56,7 +56,6 @@ class FakeEngine:
         self.settled = 0
         self.busy: set[str] = set()
         self.fails: Exception | None = None
-        self.serves: Fingerprint | Exception = BASE
         self.hold = asyncio.Event()
         self.hold.set()
 
@@ -87,11 +86,6 @@ class FakeEngine:
                 for edits in parts
             ),
         )
-
-    async def base(self) -> Fingerprint:
-        if isinstance(self.serves, Exception):
-            raise self.serves
-        return self.serves
 
     async def settle(self) -> None:
         self.settled += 1
@@ -175,7 +169,7 @@ async def build(engine: FakeEngine, folder: Path, core: FakeCore) -> AsyncIterat
         if len(fronts) % servers == 0:
             boards.append(Board(servers))
         book = core.client(len(fronts) % servers, servers)
-        registry = Registry(engine, book, boards[-1], Store(folder), config, base_names)
+        registry = Registry(engine, book, boards[-1], Store(folder), base_names)
         registry.names.follow()
         fronts.append(Front(registry, keys or Keys(None, "the-admin-key"), config, 65504.0, chosen, servers=servers))
         return fronts[-1]

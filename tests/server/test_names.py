@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from steer_vllm.engine import client
-from steer_vllm.errors import EngineUnavailable
+from steer_vllm.errors import EngineUnavailable, ModelNotFound
 from steer_vllm.server import names as module
 from steer_vllm.server.front import Front
 
@@ -180,3 +180,19 @@ async def test_the_others_wait_for_the_first(build: Build, make: Make, core: Fak
 async def test_each_server_has_its_share_of_the_rows(build: Build) -> None:
     two = [build(servers=2, additive_rows=40, low_rank_rows=33, per_request=4) for _ in range(2)]
     assert [(gate._additive.count, gate._low_rank.count) for gate in (front.gate for front in two)] == [(20, 16)] * 2
+
+
+async def test_a_server_that_is_alone_keeps_the_book_itself(
+    build: Build, engine: FakeEngine, make: Make, core: FakeCore
+) -> None:
+    """Nothing of it waits for a step: it works where the core answers nothing."""
+    core.dead = True
+    front = build(servers=1)
+    await fill(front, make)
+    assert [entry.name for entry in front.registry.catalog] == ["edit", "honest", "polite"]
+    await front.registry.unload("honest")
+    await eventually(lambda: len(engine.loaded) == 2)
+    assert core.calls == []
+    other = build(servers=1)
+    with pytest.raises(ModelNotFound):
+        await other.registry.unload("polite")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from steer_vllm.server import registry as module
 from steer_vllm.server.front import Front
 from steer_vllm.server.registry import Registry
 
-from .conftest import BASE, FakeEngine, Make, direction, eventually, lofit, loreft
+from .conftest import FakeEngine, Make, eventually, lofit
 
 Build = Callable[..., Front]
 
@@ -47,20 +46,6 @@ async def settle() -> None:
 async def catalog(registry: Registry) -> Catalog:
     await registry.refresh()
     return registry.catalog
-
-
-async def test_the_base_is_the_one_served_now(registry: Registry, engine: FakeEngine, make: Make) -> None:
-    """After a reload of another model its artifacts load without a restart, and those of the former do not."""
-    engine.serves = replace(BASE, weights="other")
-    make("new", lofit(1), base=engine.serves)
-    make("old", lofit(2))
-    await registry.load("new", "new")
-    with pytest.raises(ArtifactInvalid, match="weights"):
-        await registry.load("old", "old")
-    engine.serves = EngineUnavailable("not known")
-    with pytest.raises(EngineUnavailable, match="not known"):
-        await registry.load("old", "old")
-    assert [entry.name for entry in await catalog(registry)] == ["new"]
 
 
 async def test_load_and_unload(registry: Registry, engine: FakeEngine, make: Make) -> None:
@@ -242,30 +227,6 @@ async def test_names(registry: Registry, make: Make, name: object) -> None:
     make("honest")
     with pytest.raises(InvalidIntervention, match="name"):
         await registry.load(name, "honest")
-
-
-async def test_wrong_base_says_what_differs(registry: Registry, make: Make) -> None:
-    make("small", base=replace(BASE, vocab_size=100))
-    make("tuned", base=replace(BASE, weights="other"))
-    with pytest.raises(ArtifactInvalid, match=r"another base model .*: vocab_size 100 against 99"):
-        await registry.load("small", "small")
-    with pytest.raises(ArtifactInvalid, match=r"another base model .*: weights other against abc"):
-        await registry.load("tuned", "tuned")
-
-
-async def test_what_the_tables_cannot_hold(build: Build, make: Make, engine: FakeEngine) -> None:
-    make("edit", loreft(rank=4))
-    make("polite", direction())
-    make("loud", default_scale=9.0)
-    with pytest.raises(ArtifactInvalid, match="rank 4, this engine's max_rank is 2"):
-        await build(max_rank=2).registry.load("edit", "edit")
-    with pytest.raises(ArtifactInvalid, match="no low_rank table"):
-        await build(low_rank_rows=0).registry.load("edit", "edit")
-    with pytest.raises(ArtifactInvalid, match="no additive table"):
-        await build(additive_sites=("attention_output",)).registry.load("polite", "polite")
-    with pytest.raises(ArtifactInvalid, match="default_scale 9, max_scale is 8"):
-        await build().registry.load("loud", "loud")
-    assert engine.loads == 0
 
 
 def spoil_json(folder: Path, **fields: Any) -> None:
