@@ -13,7 +13,10 @@ from typing import Protocol
 from uuid import uuid4
 
 from ..catalog import Catalog, Entry, check_name
+from ..config import SteerConfig
 from ..errors import EngineUnavailable
+from ..fingerprint import Fingerprint
+from ..fit import check_fit
 from ..intervention import Intervention
 from ..plan import Summary
 from .names import Board, Book, Names, log
@@ -26,10 +29,11 @@ class Engine(Protocol):
     """What the registry asks of the engine."""
 
     async def load(self, folder: str, digest: str) -> Summary:
-        """Load on every rank; no error where it is there.
+        """Load on every rank; no error where it is there. Errors: `ArtifactInvalid`, `HostMemoryFull`,
+        `EngineUnavailable`."""
 
-        Errors: `ArtifactInvalid` also for what does not fit the model served, `HostMemoryFull`, `EngineUnavailable`.
-        """
+    async def base(self) -> Fingerprint:
+        """The model served now. Errors: `EngineUnavailable` while that is not known."""
 
     async def unload(self, digest: str) -> bool:
         """Free on every rank; False while a request in the engine uses it."""
@@ -47,6 +51,7 @@ class Registry:
         book: Book,
         board: Board,
         store: Store,
+        config: SteerConfig,
         base_names: tuple[str, ...],
     ) -> None:
         self.names = Names(book, board, self._free_soon)
@@ -54,6 +59,7 @@ class Registry:
         self._engine = engine
         self._book = book
         self._store = store
+        self._config = config
         self._unused: set[str] = set()
         self._freeing: set[str] = set()
 
@@ -83,7 +89,12 @@ class Registry:
         self.catalog.check_free(name, digest, load_inplace)
         try:
             async with self._turn(digest) as token:
+                # The ranks check what they read; here, what the digest of content that is there leaves open. Asked
+                # anew, as a reload may have brought another model, and beside the load, as any answer takes a step.
+                asked = self.names.in_background(self._engine.base())
+                asked.add_done_callback(lambda done: done.cancelled() or done.exception())  # of a load that fails
                 summary = await self._engine.load(str(folder), digest)
+                check_fit(intervention, await asked, self._config, str(folder))
                 entry = Entry.of(name, str(source), intervention, summary)
                 await self.names.publish(entry, token, replace=load_inplace)
         except BaseException:

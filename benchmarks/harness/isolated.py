@@ -49,7 +49,7 @@ class _Board:
 def front(names: Collection[str]) -> Front:
     """A server's front with these interventions."""
     base = Fingerprint(hidden_size=64, num_layers=4, num_heads=4, head_dim=16, vocab_size=1024, weights=None)
-    registry = Registry(None, None, _Board(), Store(None), ("base",))  # type: ignore[arg-type]
+    registry = Registry(None, None, _Board(), Store(None), SteerConfig(), ("base",))  # type: ignore[arg-type]
     for number, name in enumerate(names):
         item = KINDS["direction"](base, torch.Generator().manual_seed(number))
         registry.catalog.publish(Entry.of(name, name, item, Summary(item.digest, (PartSummary(True, 0, 1.0),))))

@@ -46,7 +46,7 @@ class Live:
         llm = AsyncLLM.from_engine_args(AsyncEngineArgs(additional_config={KEY: entry(config)}, **arguments))
         engine = AsyncEngine(llm)
         facts = await engine.facts()
-        registry = Registry(engine, Names(llm), Board(1), Store(store, ()), (BASE,))
+        registry = Registry(engine, Names(llm), Board(1), Store(store, ()), facts.config, (BASE,))
         registry.names.follow()
         front = Front(registry, Keys(None, None), facts.config, facts.largest, Limits())
         return cls(llm, engine, front)

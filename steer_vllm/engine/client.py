@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from ..fingerprint import Fingerprint
 from ..plan import Summary
 from . import conversation
 from .answer import Answer
@@ -52,6 +53,10 @@ class AsyncEngine:
     async def check_adapter(self, lora_request: Any, digest: str) -> None:
         """Let requests combine vLLM's `LoRARequest` with this content. Errors: `Unsupported` if that is not exact."""
         await self._run(conversation.check_adapter(lora_request, digest))
+
+    async def base(self) -> Fingerprint:
+        """The model served now. Errors: `EngineUnavailable` while that is not known."""
+        return await self._run(conversation.base())
 
     async def facts(self) -> EngineFacts:
         """Errors: `StartupRefused` when a process of the engine lacks the plugin or steering is off."""
@@ -136,6 +141,10 @@ class SyncEngine:
     def check_adapter(self, lora_request: Any, digest: str) -> None:
         """As `AsyncEngine.check_adapter`."""
         self._run(conversation.check_adapter(lora_request, digest))
+
+    def base(self) -> Fingerprint:
+        """As `AsyncEngine.base`."""
+        return self._run(conversation.base())
 
     def facts(self) -> EngineFacts:
         """As `AsyncEngine.facts`."""

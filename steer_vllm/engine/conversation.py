@@ -1,4 +1,4 @@
-"""What is said between a front and the engine cores: load, unload, settle, facts.
+"""What is said between a front and the engine cores: load, unload, settle, base, facts.
 
 Each conversation is written once, as a generator that yields calls and waits and is sent every engine's answer; the
 drivers in `client` run it. It knows that there may be several engines (data parallelism), and no vLLM.
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from ..config import SteerConfig
 from ..errors import EngineUnavailable, StartupRefused, SteerError, by_code
+from ..fingerprint import Fingerprint
 from ..plan import PartSummary, Summary, merge
 from .answer import Answer
 
@@ -117,6 +118,18 @@ def check_adapter(lora_request: Any, digest: str) -> Conversation[None]:
 def settle() -> Conversation[None]:
     """What was sent to the engines before is done: a request that was aborted holds nothing any more."""
     _all_well((yield Call("steer_settle")))
+
+
+def base() -> Conversation[Fingerprint]:
+    """The model served now: a reload may bring another.
+
+    Errors: `EngineUnavailable` while an engine does not know which weights it has, or they have different ones.
+    """
+    answers = _all_well((yield Call("steer_base")))
+    first, *others = (answer["base"] for answer in answers.values())
+    if any(other != first for other in others):
+        raise EngineUnavailable("the engines serve different models: reload the weights of all of them")
+    return Fingerprint.from_config(first, "engine")
 
 
 def facts() -> Conversation[EngineFacts]:

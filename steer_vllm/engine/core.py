@@ -27,7 +27,7 @@ def install() -> None:
 
     weights.install(EngineCore, _ask_ranks)
     loading = (steer_begin, steer_commit, steer_drop, steer_close, steer_free)
-    for utility in (*loading, steer_adapter, steer_settle, steer_facts):
+    for utility in (*loading, steer_adapter, steer_settle, steer_base, steer_facts):
         setattr(EngineCore, utility.__name__, utility)
 
 
@@ -117,6 +117,14 @@ def steer_adapter(self: Any, lora_request: Any, digest: str) -> Answer:
 def steer_settle(self: Any) -> Answer:
     """Utility: an answer that comes when everything sent before has been done, aborts included."""
     return {"state": "done"}
+
+
+@answered
+def steer_base(self: Any) -> Answer:
+    """Utility: the fingerprint of the model served; "failed" while it is not known."""
+    _required(self).check_known()
+    worst, answers = _ask_ranks(self, "steer_base")
+    return worst if worst["state"] != "done" else {"state": "done", "base": answers[0]["base"]}
 
 
 @answered

@@ -63,6 +63,7 @@ async def _start(engine_client: Any, state: Any, settings: Settings, board: Boar
         book,
         board,
         Store(settings.store, (artifact.source for artifact in settings.artifacts)),
+        facts.config,
         tuple(path.name for path in state.openai_serving_models.base_model_paths),
     )
     adapters = ServedAdapters(engine, state.openai_serving_models)

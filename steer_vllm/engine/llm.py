@@ -17,6 +17,7 @@ from vllm import SamplingParams
 from ..catalog import Catalog, Entry, check_name
 from ..config import SteerConfig
 from ..errors import EngineUnavailable, InvalidIntervention, NoRows, StartupRefused
+from ..fit import check_fit
 from ..intervention import Intervention
 from ..plan import Summary, nominal_contents
 from ..request import EXTRA_ARG, Steering, bind, parse
@@ -73,6 +74,7 @@ class LLM(PlainLLM):
         check_name(name)
         path = str(Path(folder).absolute())
         intervention = Intervention.load(path)
+        check_fit(intervention, self._engine.base(), self._facts.config, path)
         self._catalog.check_free(name, intervention.digest, replace)
         summary = self._engine.load(path, intervention.digest)
         published = Entry.of(name, path, intervention, summary)

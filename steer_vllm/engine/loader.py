@@ -156,6 +156,12 @@ def free(steering: WorkerSteering, digest: str) -> Answer:
 
 
 @answered
+def base(steering: WorkerSteering) -> Answer:
+    """The model served. Asked for at every load, so it says nothing of what is loaded: that may be long."""
+    return {"state": "done", "base": steering.base.to_config()}
+
+
+@answered
 def facts(steering: WorkerSteering) -> Answer:
     """What the front wants to know of this rank."""
     return {

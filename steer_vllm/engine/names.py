@@ -128,7 +128,10 @@ def install() -> None:
 
 
 def _book(core: Any) -> NameBook:
-    """The core's book, made when first asked for: plugins may be loaded in the middle of the core's constructor."""
+    """The book of a core, or of the client of a server that is alone.
+
+    Made when first asked for: plugins may be loaded in the middle of the core's constructor.
+    """
     if not hasattr(core, "steer_names"):
         core.steer_names = NameBook()
     book: NameBook = core.steer_names
@@ -139,8 +142,8 @@ def _book(core: Any) -> NameBook:
 def steer_names_copy(self: Any, server: int, needed: list[str], since: int) -> Answer:
     """Utility: what has changed in the book since an epoch, and what may be freed.
 
-    The time of a step is taken for it: entries are those that changed, and the rest are operations on whole sets, about
-    a millisecond with ten thousand artifacts.
+    Who keeps the book does nothing else meanwhile: entries are those that changed, and the rest are operations on whole
+    sets, about a millisecond with ten thousand artifacts.
     """
     book = _book(self)
     entries, gone = book.copy(server, needed, since)

@@ -7,7 +7,6 @@ two steps. A server that is alone keeps the book itself. What the answers mean f
 from __future__ import annotations
 
 from collections.abc import Collection
-from types import SimpleNamespace
 from typing import Any
 
 from ..catalog import Entry, Snapshot
@@ -30,7 +29,6 @@ class Names:
         self._core = engine_client.engine_core
         self.server: int = self._core.client_index
         self.servers: int = self._core.client_count
-        self._own = SimpleNamespace()  # has the book of a server that is alone, as the core has the others'
 
     async def copy(self, needed: Collection[str], since: int) -> Snapshot:
         """The changes since that epoch; this server then holds what all names point to and what it needs besides, and
@@ -74,7 +72,7 @@ class Names:
         utility = f"steer_names_{what}"
         answer: Answer
         if self.servers == 1:
-            answer = getattr(names, utility)(self._own, *args)
+            answer = getattr(names, utility)(self._core, *args)
         else:
             answer = await ask(self._core, _ENGINE, utility, *args)
         if answer["state"] == "failed":

@@ -28,7 +28,7 @@ def install() -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
     loading = (steer_begin, steer_poll, steer_commit, steer_drop, steer_free)
-    for method in (*loading, steer_reproject, steer_repack, steer_adapter, steer_facts):
+    for method in (*loading, steer_reproject, steer_repack, steer_adapter, steer_base, steer_facts):
         setattr(WorkerBase, method.__name__, method)
     _patch_init(WorkerBase)
 
@@ -116,6 +116,11 @@ def steer_reproject(self: Any, reloaded: bool) -> Answer:
 def steer_repack(self: Any) -> Answer:
     steering = steering_of(self)
     return _ASLEEP if steering.asleep else compilation.repack(steering)
+
+
+@answered
+def steer_base(self: Any) -> Answer:
+    return loader.base(steering_of(self))
 
 
 @answered

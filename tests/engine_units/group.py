@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from core.make import BASE
 
 from steer_vllm.config import SteerConfig
 from steer_vllm.engine import core
@@ -30,6 +31,7 @@ class Rank:
         self.store: set[str] = set()
         self.pending: dict[str, int] = {}
         self.broken: set[str] = set()
+        self.base = BASE
 
     def steer_begin(self, folder: str, digest: str) -> dict[str, Any]:
         self.pending[digest] = 1
@@ -55,6 +57,9 @@ class Rank:
     def steer_free(self, digest: str) -> dict[str, Any]:
         self.store.discard(digest)
         return {"state": "done"}
+
+    def steer_base(self) -> dict[str, Any]:
+        return {"state": "done", "base": self.base.to_config()}
 
 
 class Engine:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any
 
 import pytest
+from core.make import BASE
 from engine_units.group import Client
 from hypothesis import given
 from hypothesis import strategies as st
@@ -146,8 +148,19 @@ def test_one_engine_whose_weights_are_not_known_keeps_it_from_all(at: int) -> No
     client.engines[at].steering.spoil("weights unknown")
     assert isinstance(run(client, "load", "folder", D), EngineUnavailable)
     assert held(client) == ["absent"] * 2
+    assert isinstance(run(client, "base"), EngineUnavailable)
     client.engines[at].steering.follow([], {})
     run(client, "load", "folder", D)
     client.engines[at].steering.spoil("weights unknown")
     assert isinstance(run(client, "load", "folder", D), EngineUnavailable)
     assert run(client, "unload", D) is True, "what is not to be used can still go"
+
+
+def test_engines_of_different_weights() -> None:
+    client = Client(2)
+    assert run(client, "base") == BASE
+    for rank in client.engines[1].ranks:
+        rank.base = dataclasses.replace(BASE, weights="cd" * 32)
+    found = run(client, "base")
+    assert isinstance(found, EngineUnavailable)
+    assert "different" in found.message

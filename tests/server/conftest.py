@@ -56,6 +56,7 @@ class FakeEngine:
         self.settled = 0
         self.busy: set[str] = set()
         self.fails: Exception | None = None
+        self.serves: Fingerprint | Exception = BASE
         self.hold = asyncio.Event()
         self.hold.set()
 
@@ -86,6 +87,11 @@ class FakeEngine:
                 for edits in parts
             ),
         )
+
+    async def base(self) -> Fingerprint:
+        if isinstance(self.serves, Exception):
+            raise self.serves
+        return self.serves
 
     async def settle(self) -> None:
         self.settled += 1
@@ -148,7 +154,7 @@ async def engine() -> FakeEngine:
 
 @pytest.fixture
 async def core() -> FakeCore:
-    """Where the book of names is."""
+    """Where the book of names of several servers is."""
     return FakeCore()
 
 
@@ -157,6 +163,7 @@ async def build(engine: FakeEngine, folder: Path, core: FakeCore) -> AsyncIterat
     """Makes the front of the next of `servers` servers: limits as keywords, `keys` for other keys."""
     fronts: list[Front] = []
     boards: list[Board] = []
+    free: list[int] = []  # numbers of the servers that are still to come to the newest board
 
     def make_front(
         keys: Keys | None = None,
@@ -166,10 +173,11 @@ async def build(engine: FakeEngine, folder: Path, core: FakeCore) -> AsyncIterat
     ) -> Front:
         chosen = Limits(**{"row_wait": 0.2, **limits})
         config: SteerConfig = chosen.engine
-        if len(fronts) % servers == 0:
+        if not free:
             boards.append(Board(servers))
-        book = core.client(len(fronts) % servers, servers)
-        registry = Registry(engine, book, boards[-1], Store(folder), base_names)
+            free.extend(range(servers))
+        book = core.client(free.pop(0), servers)
+        registry = Registry(engine, book, boards[-1], Store(folder), config, base_names)
         registry.names.follow()
         fronts.append(Front(registry, keys or Keys(None, "the-admin-key"), config, 65504.0, chosen, servers=servers))
         return fronts[-1]

@@ -34,8 +34,8 @@ class FakeCore:
     def book(self) -> NameBook:
         return names._book(self._process)
 
-    def client(self, server: int = 0, servers: int = 1) -> Names:
-        """The side of one API server."""
+    def client(self, server: int, servers: int) -> Names:
+        """The side of one API server. One that is alone asks this for nothing."""
         return Names(SimpleNamespace(engine_core=_Client(self, server, servers)))
 
     async def pause(self) -> None:

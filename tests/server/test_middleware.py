@@ -56,9 +56,12 @@ async def test_base(client: AsyncClient, app: FastAPI, body: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("body", [{}, {"interventions": []}, {"model": "second"}, {"model": "other"}])
 async def test_the_base_waits_for_no_names(
-    client: AsyncClient, front: Front, core: FakeCore, body: dict[str, Any]
+    build: Callable[..., Front], make: Make, core: FakeCore, body: dict[str, Any]
 ) -> None:
     """Another server has announced a change, and the book does not answer."""
+    front = build(servers=2)
+    await fill(front, make)
+    client = client_of(app_of(front))
     core.fails = RuntimeError("the core is gone")
     board, seen = front.registry.names._board, front.registry.names._seen
     board.announce(0, seen + 1)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
 from steer_vllm.engine import client
-from steer_vllm.errors import EngineUnavailable, ModelNotFound
+from steer_vllm.engine.names_client import Names
+from steer_vllm.errors import EngineUnavailable
 from steer_vllm.server import names as module
 from steer_vllm.server.front import Front
 
@@ -193,6 +195,12 @@ async def test_a_server_that_is_alone_keeps_the_book_itself(
     await front.registry.unload("honest")
     await eventually(lambda: len(engine.loaded) == 2)
     assert core.calls == []
-    other = build(servers=1)
-    with pytest.raises(ModelNotFound):
-        await other.registry.unload("polite")
+    assert await status(client_of(app_of(front), **ADMIN), "tiny:honest") == 404
+
+
+async def test_fronts_of_one_engine_share_a_book() -> None:
+    """Made by hand over one `AsyncLLM`: what the one has loaded the other does not free."""
+    engine_client = SimpleNamespace(engine_core=SimpleNamespace(client_index=0, client_count=1))
+    one, other = Names(engine_client), Names(engine_client)
+    assert await one.take_turn("d", "token")
+    assert not await other.take_turn("d", "another")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from steer_vllm.errors import (
     InvalidIntervention,
     ModelNotFound,
 )
+from steer_vllm.fingerprint import Fingerprint
 from steer_vllm.server import registry as module
 from steer_vllm.server.front import Front
 from steer_vllm.server.registry import Registry
 
-from .conftest import FakeEngine, Make, eventually, lofit
+from .conftest import BASE, FakeEngine, Make, direction, eventually, lofit, loreft
 
 Build = Callable[..., Front]
 
@@ -34,9 +36,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LONGEST", 0.002)
 
 
-@pytest.fixture
-async def registry(build: Build) -> Registry:
-    return build().registry
+@pytest.fixture(params=[1, 2], ids=["alone", "first-of-two"])
+async def registry(build: Build, request: pytest.FixtureRequest) -> Registry:
+    return build(servers=request.param).registry
 
 
 async def settle() -> None:
@@ -46,6 +48,20 @@ async def settle() -> None:
 async def catalog(registry: Registry) -> Catalog:
     await registry.refresh()
     return registry.catalog
+
+
+async def test_the_base_is_the_one_served_now(registry: Registry, engine: FakeEngine, make: Make) -> None:
+    """After a reload of another model its artifacts load without a restart, and those of the former do not."""
+    engine.serves = replace(BASE, weights="other")
+    make("new", lofit(1), base=engine.serves)
+    make("old", lofit(2))
+    await registry.load("new", "new")
+    with pytest.raises(ArtifactInvalid, match="weights"):
+        await registry.load("old", "old")
+    engine.serves = EngineUnavailable("not known")
+    with pytest.raises(EngineUnavailable, match="not known"):
+        await registry.load("old", "old")
+    assert [entry.name for entry in await catalog(registry)] == ["new"]
 
 
 async def test_load_and_unload(registry: Registry, engine: FakeEngine, make: Make) -> None:
@@ -227,6 +243,61 @@ async def test_names(registry: Registry, make: Make, name: object) -> None:
     make("honest")
     with pytest.raises(InvalidIntervention, match="name"):
         await registry.load(name, "honest")
+
+
+async def test_wrong_base_says_what_differs(registry: Registry, make: Make) -> None:
+    make("small", base=replace(BASE, vocab_size=100))
+    make("tuned", base=replace(BASE, weights="other"))
+    with pytest.raises(ArtifactInvalid, match=r"another base model .*: vocab_size 100 against 99"):
+        await registry.load("small", "small")
+    with pytest.raises(ArtifactInvalid, match=r"another base model .*: weights other against abc"):
+        await registry.load("tuned", "tuned")
+
+
+async def test_what_the_tables_cannot_hold(build: Build, make: Make, engine: FakeEngine) -> None:
+    make("edit", loreft(rank=4))
+    make("polite", direction())
+    make("loud", default_scale=9.0)
+    with pytest.raises(ArtifactInvalid, match="rank 4, this engine's max_rank is 2"):
+        await build(max_rank=2).registry.load("edit", "edit")
+    with pytest.raises(ArtifactInvalid, match="no low_rank table"):
+        await build(low_rank_rows=0).registry.load("edit", "edit")
+    with pytest.raises(ArtifactInvalid, match="no additive table"):
+        await build(additive_sites=("attention_output",)).registry.load("polite", "polite")
+    with pytest.raises(ArtifactInvalid, match="default_scale 9, max_scale is 8"):
+        await build().registry.load("loud", "loud")
+    await eventually(lambda: not engine.loaded)
+
+
+async def test_the_base_is_asked_for_while_the_load_runs(
+    registry: Registry, engine: FakeEngine, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer takes a step of those who decode."""
+    loads: list[int] = []
+    base = engine.base
+
+    async def asked() -> Fingerprint:
+        loads.append(engine.at_once)
+        return await base()
+
+    monkeypatch.setattr(engine, "base", asked)
+    engine.hold.clear()
+    loading = asyncio.create_task(registry.load("honest", make("honest").name))
+    await eventually(lambda: loads == [1])
+    engine.hold.set()
+    await loading
+
+
+async def test_content_that_is_there_is_checked_too(registry: Registry, engine: FakeEngine, make: Make) -> None:
+    """The digest says neither what an artifact was made for nor how strong it is by default."""
+    await registry.load("good", make("good", lofit(1)).name)
+    make("foreign", lofit(1), base=replace(BASE, weights="other"))
+    make("loud", lofit(1), default_scale=9.0)
+    for name, says in (("foreign", "another base model"), ("loud", "max_scale is 8")):
+        with pytest.raises(ArtifactInvalid, match=says):
+            await registry.load(name, name)
+    assert [entry.name for entry in await catalog(registry)] == ["good"]
+    assert len(engine.loaded) == 1
 
 
 def spoil_json(folder: Path, **fields: Any) -> None:

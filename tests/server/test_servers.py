@@ -19,8 +19,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from steer_vllm.config import SteerConfig
 from steer_vllm.engine.board import Board
 from steer_vllm.errors import ArtifactExists, EngineUnavailable, ModelNotFound
+from steer_vllm.fingerprint import Fingerprint
 from steer_vllm.intervention import Card, Intervention
 from steer_vllm.plan import PartSummary, Summary
 from steer_vllm.server.names import _IDLE
@@ -120,6 +122,9 @@ class Engine:
             await asyncio.sleep(self._draw.random() * SLOW)
             return True
 
+    async def base(self) -> Fingerprint:
+        return BASE
+
     async def settle(self) -> None:
         await asyncio.sleep(self._draw.random() * SLOW)
 
@@ -143,13 +148,14 @@ class History:
         self.done: Counter[str] = Counter()
         board = Board(SERVERS)
         books = [self.core.client(server, SERVERS) for server in range(SERVERS)]
-        self.servers = [Registry(self.engine, book, board, Store(store), ("tiny",)) for book in books]
+        self.servers = [Registry(self.engine, book, board, Store(store), SteerConfig(), ("tiny",)) for book in books]
 
     async def run(self, users: int, steps: int) -> None:
         for server in self.servers:
             server.names.follow()
         await asyncio.gather(*(self.user(steps) for _ in range(users)))
         assert all(self.done[kind] for kind in ("load", "request")), "nothing has happened"
+        await asyncio.sleep(20 * _IDLE)  # a name may still be published for a user who has left
         for name in NAMES:
             with suppress(ModelNotFound):
                 await self.servers[0].unload(name)
