@@ -162,8 +162,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"Time to first token of {load['tenants']} tenants, one after the other, over one system prompt of "
         f"{load['system_tokens']:,} tokens and {QUESTION} of their own, offline; random-weight Llama ({load['shape']}, "
         f"{load['model']['num_hidden_layers']} layers, {load['dtype']}), KV blocks of {result['block_size']} tokens, "
-        f"{load['rounds']} rounds. Blocks are those that all tenants of a round had to fill. "
-        f"{record.origin(result)}",
+        f"{load['rounds']} round{'s' * (load['rounds'] != 1)}. Blocks are those that all tenants of a round had to "
+        f"fill. {record.origin(result)}",
         "",
         record.how(result),
         "",

@@ -45,8 +45,9 @@ HEAD = """\
 # Results
 
 Written by `python benchmarks/report.py` from the JSON files in `results/`, which hold the samples. In the tables of
-targets stand medians and their 95% bootstrap intervals, of several results those of most rounds; a target is open while
-the interval lies on both sides of it, one of throughput also where there were fewer than five rounds.
+targets stand medians and their 95% bootstrap intervals; a target is open while the interval lies on both sides of it,
+one of throughput also where there were fewer than five rounds. Of several results, those of throughput count with all
+their rounds, since two processes differ by a little without a cause; of others the newest counts.
 
 How `steer-vllm bench` measures: engines with and without the plugin run at the same time in processes of their own, and
 one works at a time. A round runs every mode once, in random order; a turn begins when the other engines use no CPU. All

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import BenchmarkInvalid
 from . import record
@@ -17,6 +17,7 @@ from .spread import Ratio, Spread
 from .workload import Load, Workload
 
 BENCHMARK, FORMAT = "offline", 3
+_SPREADS = ("tokens_per_second", "step_ms", "first_tokens_ms")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,30 @@ def rows(result: Mapping[str, Any]) -> Iterator[Row]:
 
     A run that was stopped in its first round has no rows for some loads.
     """
+    for case in measured(result):
+        yield Row(
+            case.load,
+            case.mode,
+            case.distinct,
+            **{name: Spread.of([sample[name] for sample in case.samples]) for name in _SPREADS},
+            ratio=Ratio.of(case.ratios),
+            with_outliers=Ratio.of(case.with_outliers),
+        )
+
+
+class Measured(NamedTuple):
+    """What was measured of a case, by round. ratios: of plain vLLM's speed, as `Row.ratio` has it."""
+
+    load: str
+    mode: str
+    distinct: int
+    samples: Sequence[Mapping[str, Any]]
+    ratios: list[float]
+    with_outliers: list[float]
+
+
+def measured(result: Mapping[str, Any]) -> Iterator[Measured]:
+    """In the order of `rows`."""
     order = {name: at for at, name in enumerate(result["modes"])}
     samples = sorted(result["samples"], key=lambda sample: sample["round"])
     loads = dict.fromkeys(_load_name(load) for load in result["workload"]["loads"])
@@ -73,26 +98,11 @@ def rows(result: Mapping[str, Any]) -> Iterator[Row]:
                 of.setdefault((sample["mode"], sample["distinct"]), []).append(sample)
         plain = _Plain(of.get((PLAIN, 0), ()))
         for mode, distinct in sorted(of, key=lambda key: (order[key[0]], key[1])):
-            values = {
-                name: [sample[name] for sample in of[mode, distinct]]
-                for name in ("tokens_per_second", "step_ms", "first_tokens_ms")
-            }
-            beside = [plain.beside(sample) for sample in of[mode, distinct]]
-            whole = Ratio.paired(values["tokens_per_second"], [one["tokens_per_second"] for one in beside])
-            typical = Ratio.paired(_speeds(of[mode, distinct]), _speeds(beside))
-            yield Row(
-                load,
-                mode,
-                distinct,
-                **{name: Spread.of(some) for name, some in values.items()},
-                ratio=whole if result["share"] is None else typical,
-                with_outliers=whole,
-            )
-
-
-def _speeds(samples: Iterable[Mapping[str, Any]]) -> list[float]:
-    """Of the median step, in steps per second."""
-    return [1000 / sample["step_ms"] for sample in samples]
+            own = of[mode, distinct]
+            pairs = [(sample, plain.beside(sample)) for sample in own]
+            whole = [sample["tokens_per_second"] / beside["tokens_per_second"] for sample, beside in pairs]
+            typical = [beside["step_ms"] / sample["step_ms"] for sample, beside in pairs]
+            yield Measured(load, mode, distinct, own, whole if result["share"] is None else typical, whole)
 
 
 class _Plain:

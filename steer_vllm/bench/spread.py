@@ -47,14 +47,16 @@ class Ratio:
 
     @classmethod
     def paired(cls, mode: Sequence[float], plain: Sequence[float], seed: int = 0) -> Ratio:
-        """mode, plain: one value per round, in the same order.
+        """mode, plain: one value per round, in the same order. Errors: `ValueError` for unequal lengths."""
+        return cls.of([a / b for a, b in zip(mode, plain, strict=True)], seed)
 
-        Percentile bootstrap over rounds (Efron 1979), 10,000 resamples. Errors: `ValueError` for unequal lengths.
-        """
-        ratios = np.array([a / b for a, b in zip(mode, plain, strict=True)])
-        drawn = np.random.default_rng(seed).integers(len(ratios), size=(_RESAMPLES, len(ratios)))
-        low, high = np.quantile(np.median(ratios[drawn], axis=1), [0.025, 0.975])
-        spread = Spread.of(ratios.tolist())
+    @classmethod
+    def of(cls, ratios: Sequence[float], seed: int = 0) -> Ratio:
+        """One per round. Percentile bootstrap over rounds (Efron 1979), 10,000 resamples."""
+        values = np.array(ratios)
+        drawn = np.random.default_rng(seed).integers(len(values), size=(_RESAMPLES, len(values)))
+        low, high = np.quantile(np.median(values[drawn], axis=1), [0.025, 0.975])
+        spread = Spread.of(ratios)
         return cls(spread.median, spread.q1, spread.q3, float(low), float(high), len(ratios))
 
     @property

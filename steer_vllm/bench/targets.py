@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .modes import MODES
-from .result import Row, rows
+from .result import Measured, Row, measured
 from .shapes import SHAPES
 from .spread import Ratio
 from .workload import Load
@@ -112,7 +112,7 @@ def _loads(result: Mapping[str, Any]) -> dict[str, Load]:
     return {load.name: load for load in loads}
 
 
-def _whole(load: Load, row: Row) -> bool:
+def _whole(load: Load, row: Row | Measured) -> bool:
     """Every request has its own, where they are distinct."""
     return not MODES[row.mode].distinct or row.distinct == load.requests
 
@@ -127,10 +127,11 @@ def verdict(ratio: Ratio, least: float) -> str:
 def overview(results: Iterable[Mapping[str, Any]]) -> str:
     """A table for each set of targets, filled from what covers it. Unmeasured: empty.
 
-    Of several results the one of most rounds; of as many, the newest.
+    Of several results all rounds together: two processes differ by a little without a cause, and more rounds of the
+    same processes do not tell that from what the plugin costs.
     """
-    found = sorted(results, key=lambda result: str(result["time"]))
-    return "\n".join(_table(targets, [result for result in found if targets.covers(result)]) for targets in ALL)
+    found = list(results)
+    return "\n".join(_table(targets, filter(targets.covers, found)) for targets in ALL)
 
 
 Ratios = dict[tuple[Load, str], Ratio]
@@ -138,17 +139,14 @@ Ratios = dict[tuple[Load, str], Ratio]
 
 
 def _ratios(targets: Targets, results: Iterable[Mapping[str, Any]]) -> Ratios:
-    found: Ratios = {}
+    found: dict[tuple[Load, str], list[float]] = {}
     for result in results:
         loads = _loads(result)
-        for row in rows(result):
-            at = next((one for one in targets.loads if _same_size(one, loads[row.load])), None)
-            if at is None or not _whole(at, row):
-                continue
-            before = found.get((at, row.mode))
-            if before is None or row.ratio.rounds >= before.rounds:
-                found[at, row.mode] = row.ratio
-    return found
+        for case in measured(result):
+            at = next((one for one in targets.loads if _same_size(one, loads[case.load])), None)
+            if at is not None and _whole(at, case):
+                found.setdefault((at, case.mode), []).extend(case.ratios)
+    return {key: Ratio.of(ratios) for key, ratios in found.items()}
 
 
 def _table(targets: Targets, results: Iterable[Mapping[str, Any]]) -> str:

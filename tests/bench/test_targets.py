@@ -117,14 +117,11 @@ def test_too_few_rounds_leave_it_open() -> None:
     assert cells[1] == "50.0% (1 round): open"
 
 
-def test_the_result_of_most_rounds_counts_and_then_the_newest() -> None:
-    old, new = (
-        measured({("decode 32", "idle"): ratio}, time=time) for ratio, time in ((0.5, "2026-01"), (1.0, "2026-02"))
-    )
-    assert row(overview([new, old]), "idle")[1] == "100.0% (100.0 to 100.0%, 5 rounds): met"
-    short = measured({("decode 32", "idle"): 0.7}, time="2026-03", rounds=4)
-    assert row(overview([new, short]), "idle")[1].startswith("100.0%")
-    assert row(overview([short]), "idle")[1] == "70.0% (4 rounds): open"
+def test_the_rounds_of_all_results_count() -> None:
+    slow, fast = (measured({("decode 32", "idle"): ratio}, rounds=rounds) for ratio, rounds in ((0.9, 4), (1.0, 3)))
+    assert row(overview([fast]), "idle")[1] == "100.0% (3 rounds): open"
+    assert row(overview([slow, fast]), "idle")[1] == "90.0% (90.0 to 100.0%, 7 rounds): open"
+    assert row(overview([fast, slow, slow]), "idle")[1].startswith("90.0% (90.0 to ")
 
 
 def test_one_intervention_per_request_where_they_are_distinct() -> None:
