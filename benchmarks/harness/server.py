@@ -21,6 +21,9 @@ from steer_vllm.errors import BenchmarkInvalid
 
 SERVED = "base"
 _STARTS_WITHIN, _STOPS_WITHIN = 900, 30  # seconds
+_OPEN = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600"}
+"""Seconds that a connection may rest. By vLLM's default of 5 the server closes one that a client is just taking up
+again, where the others of a large batch were slow, and the request is lost."""
 
 
 class Server:
@@ -34,7 +37,7 @@ class Server:
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, *command],
-                env={**others, **environment},
+                env={**others, **_OPEN, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
