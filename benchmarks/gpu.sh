@@ -6,8 +6,9 @@
 # Needs a python3 (or .venv here) with vLLM's CUDA build. What is measured is the tree that this script lies in: where
 # another one is installed, or none, this one is installed into a scratch folder and goes before it. Writes a JSON file
 # for each stage that measures, and adds to log.txt and summary.txt in FOLDER. The stages named (none: table) share the
-# minutes by what they want, and what one leaves goes to those behind it. One that runs out of time does not stop the
-# others, and of those that fail only smoke does. What `steer-vllm bench`, serving, ops, http and loading have measured by then is kept.
+# minutes by what they want, and what one leaves goes to those behind it. Where smoke fails the rest is not run; another
+# that fails, or runs out of time, does not stop those behind it. What `steer-vllm bench`, serving, ops, http and loading have measured by then is kept.
+# What is to stay goes from FOLDER into benchmarks/results/; `python benchmarks/report.py` makes RESULTS.md of it.
 #
 # --minutes: in all, by default as many as the stages want. --commit: what the results say of a copy without .git.
 # --dry-run: the stages on a CPU at the smallest sizes. --print: only say what would be run.
@@ -45,7 +46,8 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-[ $# -gt 0 ] || usage 2 >&2
+[[ $minutes =~ ^[1-9][0-9]*$|^$ ]] || { echo "gpu.sh: --minutes $minutes: expected a number" >&2; exit 2; }
+[ $# -gt 0 ] || { echo "gpu.sh: which folder?" >&2; usage 2 >&2; }
 folder=$1
 shift
 read -ra chosen <<<"${*:-$DEFAULT}"

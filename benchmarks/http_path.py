@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--no-servers", dest="servers", action="store_false", help="only the first part")
     parser.add_argument("--memory", type=float, help="share of the device's memory for each server")
     parser.add_argument("--quick", action="store_true", help="1 and 32 streams, 3 rounds")
-    parser.add_argument("--output", type=Path, default=Path("http_path.json"), help="JSON file (default: that)")
+    script.add_output(parser, "http_path.json")
     options = parser.parse_args()
     options.kind, options.prefix_cache = "direction", False
     if options.quick:

@@ -22,6 +22,7 @@ from harness import script
 from steer_vllm.bench import record
 from steer_vllm.bench.fleet import Fleet
 from steer_vllm.bench.modes import MODES, PLAIN, cases, choose
+from steer_vllm.bench.options import DTYPES
 from steer_vllm.bench.shapes import SHAPES
 from steer_vllm.bench.workload import Load, Workload
 
@@ -85,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="100m", help="of the random-weight Llama (default: 100m)")
     parser.add_argument("--layers", type=int, help="another number of layers than the shape has")
-    parser.add_argument("--dtype", default="float32", help="of the model (default: float32)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (default: float32)")
     parser.add_argument("--batch", type=int, default=16, help="requests that decode together (default: 16)")
     parser.add_argument("--prompt-tokens", type=int, default=32, help="of each request (default: 32)")
     parser.add_argument("--steps", type=int, default=16, help="decode steps that are profiled (default: 16)")
@@ -95,7 +96,7 @@ def main() -> None:
         help=f"with commas, some of {', '.join(MODES)}",
     )
     parser.add_argument("--eager", action="store_true", help="no compiled graphs")
-    parser.add_argument("--output", type=Path, default=Path("kernels.json"), help="JSON file (default: kernels.json)")
+    script.add_output(parser, "kernels.json")
     options = parser.parse_args()
 
     load = Load(options.batch, options.prompt_tokens, 2 + options.steps)

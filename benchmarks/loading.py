@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="repeats of what is timed with many (default: 10)")
     parser.add_argument("--memory-gib", type=float, default=SteerConfig.memory_gib, help="for what is loaded")
     parser.add_argument("--quick", action="store_true", help="few loads, 200 artifacts, 3 rounds")
-    parser.add_argument("--output", type=Path, default=Path("loading.json"), help="JSON file (default: loading.json)")
+    script.add_output(parser, "loading.json")
     options = parser.parse_args()
     if options.quick:
         options.loads, options.many, options.rounds = min(options.loads, 5), min(options.many, 200), 3

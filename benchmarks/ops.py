@@ -22,6 +22,7 @@ import torch
 from harness import script
 
 from steer_vllm.bench import record
+from steer_vllm.bench.options import DTYPES
 from steer_vllm.bench.spread import Spread
 from steer_vllm.ops import custom, reference
 
@@ -201,11 +202,13 @@ def main() -> None:
     parser.add_argument("--hidden", type=numbers, default=[4096 if large else 768])
     parser.add_argument("--rank", type=numbers, default=[8, 64] if large else [8])
     parser.add_argument("--distinct", type=numbers, default=[0, 1, 256], help="at most the tokens (default: 0,1,256)")
-    parser.add_argument("--dtype", default="bfloat16" if large else "float32", help="bfloat16 on a GPU, else float32")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16" if large else "float32", help="bfloat16 on a GPU, else float32"
+    )
     parser.add_argument("--repeats", type=int, default=50, help="of each measurement (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="of inputs, tables and order (default: 0)")
     parser.add_argument("--quick", action="store_true", help="smallest sizes")
-    parser.add_argument("--output", type=Path, default=Path("ops.json"), help="JSON file (default: ops.json)")
+    script.add_output(parser, "ops.json")
     options = parser.parse_args()
     if options.quick:
         options.tokens, options.hidden, options.rank, options.repeats = [1, 8], [64], [2], 3

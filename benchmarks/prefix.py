@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, help="tokens of a KV block (default: vLLM's)")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--quick", action="store_true", help="8 tenants, 2 rounds")
-    parser.add_argument("--output", type=Path, default=Path("prefix.json"), help="JSON file (default: prefix.json)")
+    script.add_output(parser, "prefix.json")
     options = parser.parse_args()
     if options.quick:
         options.tenants, options.rounds = min(options.tenants, 8), min(options.rounds, 2)

@@ -53,9 +53,10 @@ How `steer-vllm bench` measures: engines with and without the plugin run at the 
 one works at a time. A round runs every mode once, in random order; a turn begins when the other engines use no CPU. All
 requests of the batch start together; timed are the decode steps in which all of them take part, by the engine core's
 clock, or, of a prefill, the time from the call to the last first token. A ratio is taken within each round; shown are
-its median over the rounds, the 95% bootstrap interval of that median, and the quartiles. `distinct` is the number of
-different interventions in the batch, `first ms` the time until every request has its first token. `control` is a second
-process of plain vLLM: it says what two processes differ by without a cause.
+its median over the rounds (not the quotient of the medians beside it, which also have in them what the machine did
+between rounds), the 95% bootstrap interval of that median, and the quartiles. `distinct` is the number of different
+interventions in the batch, `first ms` the time until every request has its first token. `control` is a second process
+of plain vLLM: it says what two processes differ by without a cause.
 
 On CPUs core and worker are in one process, so that an engine which waits uses no core, and nothing that the plugin does
 is hidden behind the core's work. There every mode decodes in alternation with plain vLLM: eight steps of the one, eight

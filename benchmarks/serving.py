@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, help="share of the device's memory for each server")
     parser.add_argument("--rounds", type=int, default=10, help="default: 10")
     parser.add_argument("--quick", action="store_true", help="plain, idle and 8 distinct; 8 streams, 3 rounds")
-    parser.add_argument("--output", type=Path, default=Path("serving.json"), help="JSON file (default: serving.json)")
+    script.add_output(parser, "serving.json")
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.concurrency, options.waves = min(options.rounds, 3), 8, 2

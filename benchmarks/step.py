@@ -183,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=256, help="in the batch (default: 256)")
     parser.add_argument("--repeats", type=int, default=2000, help="calls of each case (default: 2000)")
-    parser.add_argument("--output", type=Path, default=Path("step.json"), help="JSON file (default: step.json)")
+    script.add_output(parser, "step.json")
     options = parser.parse_args()
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_PLUGINS": "steer_vllm"}
     if not torch.cuda.is_available():

@@ -24,6 +24,7 @@ from torch.nn import functional
 from transformers import AutoConfig, LlamaForCausalLM
 
 from steer_vllm.bench import record
+from steer_vllm.bench.options import DTYPES
 from steer_vllm.bench.shapes import SHAPES
 from steer_vllm.bench.spread import Ratio, Spread
 from steer_vllm.bench.workload import Load, Workload
@@ -141,12 +142,12 @@ def markdown(result: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="100m", help="of the random-weight Llama (default: 100m)")
-    parser.add_argument("--dtype", default="float32", help="of the frozen model (default: float32)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the frozen model (default: float32)")
     parser.add_argument("--batch", type=int, default=8, help="texts of a step (default: 8)")
     parser.add_argument("--tokens", type=int, default=128, help="of each text (default: 128)")
     parser.add_argument("--rounds", type=int, default=10, help="measurements of each case (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and order (default: 0)")
-    parser.add_argument("--output", type=Path, default=Path("training.json"), help="JSON file (default: training.json)")
+    script.add_output(parser, "training.json")
     options = parser.parse_args()
 
     shape, cuda = SHAPES[options.shape], torch.cuda.is_available()

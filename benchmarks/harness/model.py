@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from steer_vllm.bench.options import DTYPES
 from steer_vllm.bench.shapes import SHAPES, LlamaShape, shape
 from steer_vllm.bench.workload import Load, Workload
 from steer_vllm.demo import MODEL_PATH
@@ -28,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser, default: str) -> None:
     """--shape, --layers and --dtype."""
     parser.add_argument("--shape", choices=list(SHAPES), default=default, help=f"of the Llama (default: {default})")
     parser.add_argument("--layers", type=int, help="another number of layers than the shape has")
-    parser.add_argument("--dtype", default="float32", help="of the model (default: float32)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (default: float32)")
     parser.add_argument("--eager", action="store_true", help="do not compile the model")
 
 

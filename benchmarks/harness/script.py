@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from steer_vllm.errors import SteerError
+from steer_vllm.bench import record
+from steer_vllm.errors import BenchmarkInvalid, SteerError
+
+
+def add_output(parser: argparse.ArgumentParser, default: str) -> None:
+    """The option `--output`."""
+    parser.add_argument("--output", type=_output, default=Path(default), help=f"JSON file (default: {default})")
+
+
+def _output(text: str) -> Path:
+    """What can be written when all is measured."""
+    path = Path(text)
+    try:
+        record.check_output(path)
+    except BenchmarkInvalid as error:
+        raise argparse.ArgumentTypeError(error.message.removeprefix("--output ")) from None
+    return path
 
 
 def run(main: Callable[[], None]) -> None:

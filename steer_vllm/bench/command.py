@@ -13,13 +13,14 @@ from rich.console import Console
 
 from ..errors import BenchmarkInvalid
 from . import options, tables
-from .modes import cases, choose
+from .machine import busy
+from .modes import MODES, cases, choose
+from .options import DTYPES
+from .record import check_output
 from .result import assemble, begin
 from .run import Outcome, measure
 from .shapes import SHAPES, shape
 from .workload import Workload
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def bench(
@@ -42,7 +43,9 @@ def bench(
     distinct: Annotated[
         str | None, typer.Option(help="numbers of distinct interventions in a batch, with commas; default: one each")
     ] = None,
-    modes: Annotated[str | None, typer.Option(help="names of modes, with commas; default: the plugin's")] = None,
+    modes: Annotated[
+        str | None, typer.Option(help=f"some of {', '.join(MODES)}, with commas; default: the plugin's")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="measurements of each mode; default: 15")] = None,
     within: Annotated[
         float | None, typer.Option(help="seconds from now after which no load's round may end, except its first")
@@ -71,9 +74,10 @@ def bench(
     )
     counts = None if distinct is None else options.numbers("--distinct", distinct)
     chosen = cases(choose(modes, quick), workload.loads, counts)
-    if not output.absolute().parent.is_dir():
-        raise BenchmarkInvalid(f"--output {output}: there is no such folder")
+    check_output(output)
     begun = begin(workload)
+    if busy():
+        typer.echo("other programs keep this machine busy: what is measured beside them is blurred", err=True)
     result = {}
 
     def keep(outcome: Outcome) -> None:

@@ -21,6 +21,11 @@ def hardware() -> dict[str, Any]:
     return {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "memory_gib": round(pages / 2**30, 1)}
 
 
+def busy() -> bool:
+    """Whether other programs have kept half of a core or more busy in the last minute."""
+    return os.getloadavg()[0] >= 0.5
+
+
 def versions() -> dict[str, str]:
     """Of Python and of each package that is installed."""
     installed = {name: version(name) for name in _PACKAGES if any(Distribution.discover(name=name))}

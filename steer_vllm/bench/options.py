@@ -1,4 +1,4 @@
-"""Lists on the command line: batches, prefill loads, numbers of distinct interventions."""
+"""What the options of a benchmark may be: dtypes, and lists of batches, prefill loads, distinct interventions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from ..errors import BenchmarkInvalid
 from .workload import Load
 
+DTYPES = ("float32", "bfloat16", "float16")
 PREFILL_REPEATS = 4
 """A prefill is one step: a turn takes the median of several."""
 

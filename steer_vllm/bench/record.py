@@ -38,6 +38,14 @@ def begin(benchmark: str, version: int, workload: Mapping[str, Any], device: str
     }
 
 
+def check_output(path: Path) -> None:
+    """Errors: `BenchmarkInvalid` for a file that could not be written when all is measured."""
+    if path.is_dir():
+        raise BenchmarkInvalid(f"--output {path}: is a folder, expected a file")
+    if not path.absolute().parent.is_dir():
+        raise BenchmarkInvalid(f"--output {path}: there is no such folder")
+
+
 def command(arguments: list[str], run_as: ModuleSpec | None) -> str:
     """A command line that can be given again: a module or script by its name here, an installed command by its own.
 

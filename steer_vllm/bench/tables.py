@@ -54,7 +54,7 @@ def conditions(result: Mapping[str, Any]) -> str:
     """What was run on what, in sentences."""
     work = result["workload"]
     return (
-        f"Llama of {work['parameters'] / 1e6:.0f}M random weights, {work['dtype']}, "
+        f"Llama of {work['parameters'] / 1e6:.3g}M random weights, {work['dtype']}, "
         f"{'compiled' if work['compiled'] else 'eager'}, prefix cache {'on' if work['prefix_cache'] else 'off'}; "
         f"{_loads([Load(**load) for load in work['loads']])}; {_rounds(result)}{_share(result['share'])}, seed "
         f"{work['seed']}. {_engines(result['engines'])}{record.origin(result)}"

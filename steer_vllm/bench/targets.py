@@ -151,8 +151,9 @@ def _ratios(targets: Targets, results: Iterable[Mapping[str, Any]]) -> Ratios:
 
 def _table(targets: Targets, results: Iterable[Mapping[str, Any]]) -> str:
     ratios = _ratios(targets, results)
-    alone = [] if targets.alone is None else [f"At batch 1 the target is {targets.alone:.0%} throughout.", ""]
-    lines = [f"## Targets: {targets.title}", "", *alone]
+    lines = [f"## Targets: {targets.title}", ""]
+    if targets.alone is not None:
+        lines += [f"Of one request that decodes {targets.alone:.0%} is asked, in every mode.", ""]
     names = " | ".join(load.name for load in targets.loads)
     lines += [f"| mode | at least | {names} |", "|---" * (2 + len(targets.loads)) + "|"]
     for mode, least in targets.least.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -113,3 +114,14 @@ def test_rounds_are_kept_as_they_are_done(harness: ModuleType, monkeypatch: pyte
     with pytest.raises(BenchmarkInvalid):
         harness.turns.run(modes, servers, Client(), Path(), [], 1, 5, lambda samples: kept.append(len(samples)))
     assert kept == [2, 4]
+
+
+def test_an_output_that_cannot_be_written(
+    harness: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    harness.script.add_output(parser, "some.json")
+    assert parser.parse_args([]).output == Path("some.json")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--output", str(tmp_path)])
+    assert f"argument --output: {tmp_path}: is a folder" in capsys.readouterr().err

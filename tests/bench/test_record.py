@@ -56,3 +56,17 @@ def test_every_committed_result_has_its_section(root: Path, script: Callable[[st
 def test_a_benchmark_without_a_renderer_is_refused(script: Callable[[str], ModuleType]) -> None:
     with pytest.raises(BenchmarkInvalid, match=r"first: no renderer for 'other'"):
         script("report").markdown({"first": {"benchmark": "other", "format_version": 1, "time": "2026-01-01"}})
+
+
+def test_where_nothing_can_be_written_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+    record.check_output(tmp_path / "new.json")
+    with pytest.raises(BenchmarkInvalid, match=r"--output .*: is a folder"):
+        record.check_output(tmp_path)
+    with pytest.raises(BenchmarkInvalid, match=r"--output .*: there is no such folder"):
+        record.check_output(tmp_path / "absent" / "new.json")
+
+
+def test_a_busy_machine_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for load, busy in ((0.1, False), (1.7, True)):
+        monkeypatch.setattr(machine.os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert machine.busy() is busy
