@@ -47,13 +47,15 @@ class Steps(async_driver.Steps):
             await asyncio.gather(reader, return_exceptions=True)
             return {"cancelled": True}
         output: Any = None
+        newest: dict[int, Any] = {}  # an output has the choices that have grown, which need not be all of them
         async for output in answers:
+            newest |= {made.index: made for made in output.outputs}
             if cancel and len(output.outputs[0].token_ids) >= cancel:
                 await answers.aclose()
                 break
         scored = output.prompt_logprobs
         return {
-            "choices": [choice(made) for made in output.outputs],
+            "choices": [choice(newest[number]) for number in sorted(newest)],
             "cached": output.num_cached_tokens,
             "prompt_logprobs": scored and logprobs(scored[1:], output.prompt_token_ids[1:]),
         }
