@@ -7,16 +7,17 @@
 # another one is installed, or none, this one is installed into a scratch folder and goes before it. Writes a JSON file
 # for each stage that measures, and adds to log.txt and summary.txt in FOLDER. The stages named (none: table) share the
 # minutes by what they want, and what one leaves goes to those behind it. Where smoke fails the rest is not run; another
-# that fails, or runs out of time, does not stop those behind it. What `steer-vllm bench`, serving, ops, http and loading have measured by then is kept.
-# What is to stay goes from FOLDER into benchmarks/results/; `python benchmarks/report.py` makes RESULTS.md of it.
+# that fails, or runs out of time, does not stop those behind it. What `steer-vllm bench`, serving, ops, http and loading
+# have measured by then is kept. What is to stay goes from FOLDER into benchmarks/results/; `python benchmarks/report.py`
+# makes RESULTS.md of it.
 #
 # --minutes: in all, by default as many as the stages want. --commit: what the results say of a copy without .git.
 # --dry-run: the stages on a CPU at the smallest sizes. --print: only say what would be run.
 set -uo pipefail
 
 # What fits into ten minutes together, unpacking and ending included. First whether it is right; then the table of
-# targets without prefix cache, in as many rounds as fit. `decode few additive lora` measure the same and LoRA's row, with
-# time for the five rounds that a verdict needs.
+# targets without prefix cache, in as many rounds as fit. `decode few additive lora` measure the same and LoRA's row,
+# with time for the five rounds that a verdict needs.
 CALLS=("smoke tests exact kernels" "table" "decode" "few" "additive lora" "ops step http prefix" "loading" "serving"
     "decode-cached" "few-cached" "curve" "training sleeping")
 DEFAULT="table"

@@ -23,7 +23,7 @@ def _output(text: str) -> Path:
     try:
         record.check_output(path)
     except BenchmarkInvalid as error:
-        raise argparse.ArgumentTypeError(error.message.removeprefix("--output ")) from None
+        raise argparse.ArgumentTypeError(error.message) from None
     return path
 
 

@@ -77,7 +77,10 @@ def bench(
     check_output(output)
     begun = begin(workload)
     if busy():
-        typer.echo("other programs keep this machine busy: what is measured beside them is blurred", err=True)
+        typer.echo(
+            "this machine has been busy for the last minute: what is measured beside other programs is blurred",
+            err=True,
+        )
     result = {}
 
     def keep(outcome: Outcome) -> None:

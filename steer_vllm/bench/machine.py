@@ -22,7 +22,7 @@ def hardware() -> dict[str, Any]:
 
 
 def busy() -> bool:
-    """Whether other programs have kept half of a core or more busy in the last minute."""
+    """Whether half of a core or more has been at work for the last minute."""
     return os.getloadavg()[0] >= 0.5
 
 

@@ -41,9 +41,9 @@ def begin(benchmark: str, version: int, workload: Mapping[str, Any], device: str
 def check_output(path: Path) -> None:
     """Errors: `BenchmarkInvalid` for a file that could not be written when all is measured."""
     if path.is_dir():
-        raise BenchmarkInvalid(f"--output {path}: is a folder, expected a file")
+        raise BenchmarkInvalid(f"{path} is a folder, expected a file for the results")
     if not path.absolute().parent.is_dir():
-        raise BenchmarkInvalid(f"--output {path}: there is no such folder")
+        raise BenchmarkInvalid(f"{path.absolute().parent} does not exist, expected a folder for the results")
 
 
 def command(arguments: list[str], run_as: ModuleSpec | None) -> str:

@@ -128,9 +128,11 @@ def install() -> None:
 
 
 def _book(core: Any) -> NameBook:
-    """The book of a core, or of the client of a server that is alone.
+    """Ledger: adds `steer_names` to vLLM's `EngineCore`, or to the client of a server that is alone.
 
-    Made when first asked for: plugins may be loaded in the middle of the core's constructor.
+    Why: the book lives as long as that object, and whoever talks to the same engine finds the same one. Made when first
+    asked for: plugins may be loaded in the middle of the core's constructor. Since 0.26. Can go when plugins can keep
+    something with the core.
     """
     if not hasattr(core, "steer_names"):
         core.steer_names = NameBook()

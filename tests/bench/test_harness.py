@@ -124,4 +124,4 @@ def test_an_output_that_cannot_be_written(
     assert parser.parse_args([]).output == Path("some.json")
     with pytest.raises(SystemExit):
         parser.parse_args(["--output", str(tmp_path)])
-    assert f"argument --output: {tmp_path}: is a folder" in capsys.readouterr().err
+    assert f"argument --output: {tmp_path} is a folder" in capsys.readouterr().err

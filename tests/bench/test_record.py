@@ -60,9 +60,9 @@ def test_a_benchmark_without_a_renderer_is_refused(script: Callable[[str], Modul
 
 def test_where_nothing_can_be_written_is_said_before_anything_is_measured(tmp_path: Path) -> None:
     record.check_output(tmp_path / "new.json")
-    with pytest.raises(BenchmarkInvalid, match=r"--output .*: is a folder"):
+    with pytest.raises(BenchmarkInvalid, match=r"is a folder, expected a file"):
         record.check_output(tmp_path)
-    with pytest.raises(BenchmarkInvalid, match=r"--output .*: there is no such folder"):
+    with pytest.raises(BenchmarkInvalid, match=r"absent does not exist, expected a folder"):
         record.check_output(tmp_path / "absent" / "new.json")
 
 

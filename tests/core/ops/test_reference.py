@@ -19,7 +19,7 @@ SHAPES = [(0, 7, 3), (1, 1, 1), (5, 7, 3), (13, 33, 2), (64, 17, 9)]
 """tokens, hidden, rows"""
 
 
-def close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
+def assert_close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
@@ -60,7 +60,7 @@ def test_additive(tokens: int, hidden: int, rows: int, dtype: torch.dtype) -> No
     wanted = y.double().clone()
     for t, row in enumerate(at.tolist()):
         wanted[t] += scales[t].double() * table[row].double()
-    close(reference.additive(y, at, scales, table), wanted, dtype)
+    assert_close(reference.additive(y, at, scales, table), wanted, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -71,7 +71,7 @@ def test_low_rank(tokens: int, hidden: int, rows: int, rank: int, dtype: torch.d
     tables = low_rank_tables(rows, rank, hidden, dtype)
     at, scales = slots(tokens, rows)
     wanted = low_rank_loop(x, at, scales, *tables)
-    close(reference.low_rank(x, None, at, scales, *tables), wanted, dtype)
+    assert_close(reference.low_rank(x, None, at, scales, *tables), wanted, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -80,7 +80,7 @@ def test_low_rank_of_two_parts(dtype: torch.dtype) -> None:
     x, residual, tables = randn(5, 7).to(dtype), randn(5, 7, seed=1).to(dtype), low_rank_tables(3, 2, 7, dtype)
     at, scales = slots(5, 3)
     wanted = low_rank_loop(x + residual, at, scales, *tables)
-    close(reference.low_rank(x, residual, at, scales, *tables), wanted, dtype)
+    assert_close(reference.low_rank(x, residual, at, scales, *tables), wanted, dtype)
 
 
 def test_low_rank_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
